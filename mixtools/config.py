@@ -1,0 +1,195 @@
+"""MixtralConfig: from params.json or config.json, and to them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .names import Role, Slot, all_slots
+
+DEFAULT_ROPE_THETA = 1e6  # the torrent's params.json omits it; 1e4, Llama's, ruins the model silently
+MAX_CONFIG_BYTES = 1 << 20
+
+# field -> (key in params.json, key in config.json); the two under "moe" may also stand at top level
+_KEYS: dict[str, tuple[str, str]] = {
+    "hidden_size": ("dim", "hidden_size"),
+    "intermediate_size": ("hidden_dim", "intermediate_size"),
+    "num_layers": ("n_layers", "num_hidden_layers"),
+    "num_heads": ("n_heads", "num_attention_heads"),
+    "num_kv_heads": ("n_kv_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim", "head_dim"),
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_tok"),
+    "rms_norm_eps": ("norm_eps", "rms_norm_eps"),
+    "rope_theta": ("rope_theta", "rope_theta"),
+    "max_position_embeddings": ("max_seq_len", "max_position_embeddings"),
+}
+_FLOATS = ("rms_norm_eps", "rope_theta")
+_LARGEST = 1 << 24  # no dimension of any Mixtral comes near; keeps nonsense out of the arithmetic
+
+
+@dataclass(frozen=True)
+class MixtralConfig:
+    """Shape and constants of a Mixtral. Defaults are those of every published one."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int = 8
+    experts_per_token: int = 2
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = DEFAULT_ROPE_THETA
+    max_position_embeddings: int = 32768
+
+    def shape(self, role: Role) -> tuple[int, ...]:
+        """Canonical shape of a tensor of this role, [out, in] for a matrix."""
+        d, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
+        return {
+            Role.EMBED: (self.vocab_size, d),
+            Role.ATTENTION_NORM: (d,),
+            Role.Q: (self.num_heads * hd, d),
+            Role.K: (self.num_kv_heads * hd, d),
+            Role.V: (self.num_kv_heads * hd, d),
+            Role.O: (d, self.num_heads * hd),
+            Role.FFN_NORM: (d,),
+            Role.ROUTER: (self.num_experts, d),
+            Role.GATE: (f, d),
+            Role.DOWN: (d, f),
+            Role.UP: (f, d),
+            Role.NORM: (d,),
+            Role.HEAD: (self.vocab_size, d),
+        }[role]
+
+    def slots(self) -> Iterator[Slot]:
+        return all_slots(self.num_layers, self.num_experts)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(self.shape(slot.role)) for slot in self.slots())
+
+    def to_params(self) -> dict[str, Any]:
+        """The document of the torrent layouts. rope_theta is written, though the original omits it."""
+        document = {params: getattr(self, field) for field, (params, _) in _KEYS.items()}
+        moe = {key: document.pop(key) for key in ("num_experts_per_tok", "num_experts")}
+        return {**document, "moe": moe}
+
+    def to_hf(self, torch_dtype: str, bos: int = 1, eos: int = 2) -> dict[str, Any]:
+        """The document of the Hugging Face layouts, in the spelling that old and new loaders read."""
+        return {
+            "architectures": ["MixtralForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "model_type": "mixtral",
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": torch_dtype,
+            "use_cache": True,
+            **{hf: getattr(self, field) for field, (_, hf) in _KEYS.items()},
+        }
+
+
+def from_document(document: Mapping[str, Any], file: str | Path) -> MixtralConfig:
+    """Read params.json or config.json; each key may have either spelling.
+
+    Raises ConfigError for a missing key, a value that cannot be, or a feature no Mixtral has.
+    """
+    if not isinstance(document, Mapping):
+        raise ConfigError("is not a JSON object", file=file)
+    _refuse_other_models(document, file)
+    flat = {**document, **_section(document, "moe", file), **_rope(document, file)}
+    values: dict[str, int | float] = {}
+    for field, keys in _KEYS.items():
+        found = {key: flat[key] for key in keys if flat.get(key) is not None}
+        if len(set(map(repr, found.values()))) > 1:
+            raise ConfigError(f"keys contradict each other: {found}", file=file)
+        for key, value in found.items():
+            values[field] = _number(value, field in _FLOATS, key, file)
+    values.setdefault("rope_theta", DEFAULT_ROPE_THETA)
+    values.setdefault("rms_norm_eps", 1e-5)
+    values.setdefault("num_kv_heads", values.get("num_heads", 0))
+    if values.get("num_heads") and values.get("hidden_size"):
+        values.setdefault("head_dim", int(values["hidden_size"]) // int(values["num_heads"]))
+    # 8x22B was trained on 65,536 positions, 8x7B on 32,768; params.json says neither
+    values.setdefault("max_position_embeddings", 65536 if values.get("hidden_size") == 6144 else 32768)
+    missing = [" or ".join(dict.fromkeys(keys)) for field, keys in _KEYS.items() if field not in values]
+    if missing:
+        raise ConfigError(f"lacks {', '.join(missing)}", file=file)
+    config = MixtralConfig(**values)  # type: ignore[arg-type]  # each was checked by _number
+    _check_together(config, file)
+    return config
+
+
+def load_json(path: Path) -> Any:
+    """Read a small JSON document. Raises ConfigError if it is not one."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"is larger than {MAX_CONFIG_BYTES} bytes; not a configuration", file=path)
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"is not valid JSON ({error})", file=path) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror})", file=path) from None
+
+
+def _number(value: Any, is_float: bool, key: str, file: str | Path) -> int | float:
+    allowed = (int, float) if is_float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise ConfigError(f"{key} is {value!r}, not {'a number' if is_float else 'an integer'}", file=file)
+    if not 0 < value < (math.inf if is_float else _LARGEST):
+        raise ConfigError(f"{key} is {value!r}, which no model has", file=file)
+    return float(value) if is_float else value
+
+
+def _section(document: Mapping[str, Any], key: str, file: str | Path) -> Mapping[str, Any]:
+    section = document.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{key} is {section!r}, not an object", file=file)
+    return section
+
+
+def _rope(document: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
+    """transformers 5 nests rope_theta in rope_parameters; scaled variants are no Mixtral of ours."""
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        section = _section(document, key, file)
+        kind = section.get("rope_type", section.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"{key} asks for {kind!r}, which no Mixtral uses", file=file)
+        if "rope_theta" in section:
+            found["rope_theta"] = section["rope_theta"]
+    return found
+
+
+def _refuse_other_models(document: Mapping[str, Any], file: str | Path) -> None:
+    expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False}
+    for key, value in expected.items():
+        if document.get(key, value) != value:
+            raise ConfigError(f"{key} is {document[key]!r}; a Mixtral has {value!r}", file=file)
+
+
+def _check_together(config: MixtralConfig, file: str | Path) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"{config.num_heads} heads cannot share {config.num_kv_heads} key-value heads evenly", file=file
+        )
+    if config.head_dim % 2:
+        raise ConfigError(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs", file=file)
+    if config.experts_per_token > config.num_experts:
+        raise ConfigError(
+            f"{config.experts_per_token} experts per token of only {config.num_experts}", file=file
+        )

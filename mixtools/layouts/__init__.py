@@ -1,0 +1,1 @@
+"""Disk layouts: name tables, detection, readers."""
