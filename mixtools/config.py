@@ -190,6 +190,4 @@ def _check_together(config: MixtralConfig, file: str | Path) -> None:
     if config.head_dim % 2:
         raise ConfigError(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs", file=file)
     if config.experts_per_token > config.num_experts:
-        raise ConfigError(
-            f"{config.experts_per_token} experts per token of only {config.num_experts}", file=file
-        )
+        raise ConfigError(f"{config.experts_per_token} experts per token of only {config.num_experts}", file=file)
