@@ -32,6 +32,7 @@ _KEYS: dict[str, tuple[str, str]] = {
 }
 _FLOATS = ("rms_norm_eps", "rope_theta")
 _LARGEST = 1 << 24  # no dimension of any Mixtral comes near; keeps nonsense out of the arithmetic
+_MOST_EXPERTS = 1 << 16  # in all layers together
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ def from_document(document: Mapping[str, Any], file: str | Path) -> MixtralConfi
     return config
 
 
-def load_json(path: Path) -> Any:
-    """Read a small JSON document. Raises ConfigError if it is not one."""
+def load_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> Any:
+    """Read a JSON document of at most `limit` bytes. Raises ConfigError if it is not one."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"is larger than {MAX_CONFIG_BYTES} bytes; not a configuration", file=path)
+        if path.stat().st_size > limit:
+            raise ConfigError(f"is larger than {limit} bytes; not what its name says", file=path)
         return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid JSON ({error})", file=path) from None
@@ -187,6 +188,8 @@ def _check_together(config: MixtralConfig, file: str | Path) -> None:
         raise ConfigError(
             f"{config.num_heads} heads cannot share {config.num_kv_heads} key-value heads evenly", file=file
         )
+    if config.num_layers * config.num_experts > _MOST_EXPERTS:
+        raise ConfigError(f"{config.num_layers} layers of {config.num_experts} experts, which no model has", file=file)
     if config.head_dim % 2:
         raise ConfigError(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs", file=file)
     if config.experts_per_token > config.num_experts:

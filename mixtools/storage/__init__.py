@@ -1,0 +1,1 @@
+"""Bytes on disk: lazy reading by offset, atomic planned writing, journal."""

@@ -1,0 +1,231 @@
+"""Conversion between layouts: each tensor once through memory, in blocks, into its planned place."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .config import MixtralConfig
+from .errors import Interrupted, TensorError, UsageError
+from .layouts.checkpoint import Checkpoint
+from .layouts.hf import HF
+from .layouts.table import Layout, from_canonical
+from .layouts.torrent import CONSOLIDATED, TORRENT
+from .names import Slot
+from .progress import Progress, Silent
+from .storage import manifest, plan
+from .storage.dtypes import DType
+from .storage.output import Output, Region
+from .storage.store import CHUNK, Bits
+
+DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Options:
+    """`dtype` "keep" copies bit patterns; `max_shard_bytes` bounds a shard of layout D."""
+
+    dtype: str = "keep"
+    max_shard_bytes: int = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """How, not what: none of this changes a byte of the output."""
+
+    overwrite: bool = False
+    resume: bool = True
+    jobs: int = 2
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that is fully planned: sizes are known, nothing is written."""
+
+    source: Checkpoint
+    layout: Layout
+    options: Options
+    plan: plan.Plan
+    documents: Mapping[str, bytes]
+    last: Mapping[str, bytes]
+    missing: tuple[str, ...] = ()  # what the output lacks because the source does, for the user to know
+
+    @property
+    def peak_bytes(self) -> int:
+        """Buffers of one worker at most: a block before and after, or a whole tensor where it is transposed."""
+        whole = [
+            math.prod(self.source.spec(slot).shape) * self.source.spec(slot).dtype.itemsize
+            for slot in self.source.slots()
+            if not _granule(self, slot)
+        ]
+        return 2 * max([2 * CHUNK, *whole])
+
+
+def plan_hf(source: Checkpoint, options: Options) -> Job:
+    """Layout D: sharded safetensors, configuration, tokenizer and chat template."""
+    tensors = _tensors(source, HF, options)
+    documents, missing = _hf_documents(source)
+    dtypes = {dtype for _, dtype, _ in tensors}
+    torch_dtype = max(dtypes, key=lambda dtype: sum(math.prod(s) for _, d, s in tensors if d is dtype)).torch_name
+    config = _json(source.config.to_hf(torch_dtype))
+    target = plan.sharded_safetensors(tensors, options.max_shard_bytes)
+    return Job(source, HF, options, target, documents, {"config.json": config}, missing)
+
+
+def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
+    """Layout C, or A as a torch zip."""
+    layout = CONSOLIDATED if safetensors else TORRENT
+    tensors = _tensors(source, layout, options)
+    if safetensors:
+        target = plan.single_safetensors("consolidated.safetensors", tensors)
+    else:
+        target = plan.torch_zips({"consolidated.00.pth": tensors})
+    model = source.folder / TOKENIZER
+    documents = {TOKENIZER: model.read_bytes()} if model.is_file() else {}
+    last = {"params.json": _json(source.config.to_params())}
+    return Job(source, layout, options, target, documents, last, () if documents else (TOKENIZER,))
+
+
+def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
+    """Carry a planned conversion out; returns what was done, as a document.
+
+    Raises the errors of storage.output and of the source's reading. An interrupted or failed run leaves its
+    work in `folder`/.mixtools, and the same call continues it to the same bytes.
+    """
+    how = how or Run()
+    _expect_elsewhere(job.source.folder, folder)
+    key = {"options": asdict(job.options), "source": [s.fingerprint() for s in job.source.store.sources]}
+    key |= {"layout": job.layout.name, "mixtools": __version__}
+    with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
+        total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
+        how.progress.start("converting", total)
+        how.progress.advance(output.done_bytes)
+        resumed = output.done_bytes
+        _transfer(job, output, how)
+        job.source.finish()
+        how.progress.finish()
+        origin = {
+            "mixtools": __version__,
+            "layout": job.layout.name,
+            "options": asdict(job.options),
+            "source": {"layout": job.source.layout.name, "files": _sizes(job.source)},
+        }
+        record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
+        output.commit({**job.documents, manifest.NAME: record}, job.last)
+    return {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed, "missing": list(job.missing)}
+
+
+def _transfer(job: Job, output: Output, how: Run) -> None:
+    """All slots that are not yet written, on `jobs` threads; the first error stops them all."""
+    stop = threading.Event()
+
+    def one(slot: Slot) -> None:
+        region = region_of(job.layout, slot, job.source.config, job.plan)
+        if region not in output.done and not stop.is_set():
+            how.progress.advance(output.add(region, _blocks(job, slot, stop)))
+
+    with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
+        futures = [pool.submit(one, slot) for slot in job.source.slots()]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # also for KeyboardInterrupt, which arrives here
+            pool.shutdown(cancel_futures=True)
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):
+            raise error  # the cause, not what it interrupted in the other threads
+
+
+def region_of(layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan) -> Region:
+    """Where a slot's bytes go in the output."""
+    piece = layout.piece(slot, config)
+    return Region(piece.name, piece.start * target.tensors[piece.name].row_bytes)
+
+
+def _granule(job: Job, slot: Slot) -> int:
+    config = job.source.config
+    return math.lcm(job.layout.granule(slot, config), job.source.layout.granule(slot, config))
+
+
+def _blocks(job: Job, slot: Slot, stop: threading.Event) -> Iterator[Bits]:
+    """The slot as the target stores it."""
+    config, op = job.source.config, job.layout.rules[slot.role].op
+    source, target = job.source.spec(slot).dtype, _target_dtype(job.source, slot, job.options)
+    for block in job.source.blocks(slot, CHUNK, job.layout.granule(slot, config)):
+        if stop.is_set():
+            raise Interrupted("stopped; the same command continues")
+        yield from_canonical(op, cast(block, source, target, slot), config.head_dim)
+
+
+def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
+    """Bit patterns of one dtype as those of another, rounded to nearest even.
+
+    Raises TensorError where a finite value would become infinite.
+    """
+    if source is target:
+        return bits
+    import torch
+
+    before = torch.from_numpy(bits.view(f"i{source.itemsize}")).view(source.torch())
+    after = before.to(target.torch())
+    overflow = after.isinf() & before.isfinite()
+    if overflow.any():
+        value = before[overflow][0].item()
+        raise TensorError(f"{value:g} does not fit {target.torch_name}; use bf16 or f32", tensor=slot)
+    signed: Bits = after.view(getattr(torch, f"int{8 * target.itemsize}")).numpy()
+    return signed.view(np.dtype(f"u{target.itemsize}"))
+
+
+def _target_dtype(source: Checkpoint, slot: Slot, options: Options) -> DType:
+    return source.spec(slot).dtype if options.dtype == "keep" else DTYPES[options.dtype]
+
+
+def _tensors(source: Checkpoint, layout: Layout, options: Options) -> list[plan.Shape]:
+    """The target's tensors in slot order, each once."""
+    if options.dtype not in ("keep", *DTYPES):
+        raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
+    tensors: dict[str, plan.Shape] = {}
+    for slot in source.slots():
+        piece = layout.piece(slot, source.config)
+        dtype = _target_dtype(source, slot, options)
+        known = tensors.setdefault(piece.name, (piece.name, dtype, piece.shape))
+        if known[1] is not dtype:
+            raise TensorError("would join tensors of two dtypes; choose one with --dtype", tensor=piece.name)
+    return list(tensors.values())
+
+
+def _hf_documents(source: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Tokenizer files and generation_config.json, and the names of those that the source cannot give."""
+    from . import tokenizer
+
+    documents = {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
+    model = source.folder / TOKENIZER
+    if model.is_file():
+        return {**documents, **tokenizer.hf_files(model)}, ()
+    kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    found = {name: (source.folder / name).read_bytes() for name in kept if (source.folder / name).is_file()}
+    return {**documents, **found}, () if "tokenizer.json" in found else (TOKENIZER,)
+
+
+def _expect_elsewhere(source: Path, folder: Path) -> None:
+    if source.resolve() == folder.resolve():
+        raise UsageError("the output is the source's own folder; name another", file=folder)
+
+
+def _sizes(source: Checkpoint) -> dict[str, int]:
+    return {path.name: path.stat().st_size for s in source.store.sources for path in s.paths}
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()

@@ -1,0 +1,94 @@
+"""A layout as a table: for each role the name on disk, and the shape operation beside it.
+
+A stored tensor is seen as rows (leading dimensions flattened). A slot is a run of those rows, brought to
+canonical form by one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import native
+from ..config import MixtralConfig
+from ..names import Role, Slot
+from ..storage.store import Bits
+
+
+class Op(Enum):
+    """How stored rows become canonical ones."""
+
+    KEEP = "as they are"
+    ROTARY = "rotary pairs adjacent; canonical order has the first halves, then the second halves"
+    TRANSPOSE = "transposed"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a layout's table. `stack` parts per expert share one tensor, this being number `part`."""
+
+    name: str
+    op: Op = Op.KEEP
+    stack: int = 0  # 0: a tensor of its own
+    part: int = 0
+    folded: bool = False  # stacked experts are folded into the rows: [E*F, D] instead of [E, F, D]
+
+
+class Piece(NamedTuple):
+    """Where a slot lies: rows [start, stop) of the tensor `name`, which has `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    op: Op
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay a Mixtral on disk. `letter` is that of the format page."""
+
+    letter: str
+    name: str
+    title: str
+    rules: Mapping[Role, Rule]
+    ignored: tuple[str, ...] = ()  # suffixes of buffers that old files carry and nobody needs
+
+    def piece(self, slot: Slot, config: MixtralConfig) -> Piece:
+        rule = self.rules[slot.role]
+        shape = config.shape(slot.role)
+        name = rule.name.format(layer=slot.layer, expert=slot.expert)
+        if rule.op is Op.TRANSPOSE:
+            shape = shape[::-1]
+        if not rule.stack:
+            return Piece(name, shape, 0, shape[0] if len(shape) > 1 else 1, rule.op)
+        rows, columns = shape
+        start = ((slot.expert or 0) * rule.stack + rule.part) * rows
+        block = rule.stack * rows
+        whole = (config.num_experts * block, columns) if rule.folded else (config.num_experts, block, columns)
+        return Piece(name, whole, start, start + rows, rule.op)
+
+    def granule(self, slot: Slot, config: MixtralConfig) -> int:
+        """The fewest canonical rows that can be converted by themselves; 0 means only the whole."""
+        op = self.rules[slot.role].op
+        return {Op.KEEP: 1, Op.ROTARY: config.head_dim, Op.TRANSPOSE: 0}[op]
+
+
+def to_canonical(op: Op, bits: Bits, head_dim: int) -> Bits:
+    """Stored rows [rows, columns] (whole heads for ROTARY) in canonical form."""
+    if op is Op.ROTARY:
+        heads = bits.reshape(-1, head_dim // 2, 2, bits.shape[1])
+        return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(bits.shape)
+    return native.transpose(bits) if op is Op.TRANSPOSE else bits
+
+
+def from_canonical(op: Op, bits: Bits, head_dim: int) -> Bits:
+    """Inverse of to_canonical."""
+    if op is Op.ROTARY:
+        heads = bits.reshape(-1, 2, head_dim // 2, bits.shape[1])
+        return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(bits.shape)
+    return native.transpose(bits) if op is Op.TRANSPOSE else bits

@@ -1,0 +1,341 @@
+"""Output: a folder that is either absent, visibly unfinished, or whole.
+
+Everything is written in OUT/.mixtools/ under its final name; `commit` makes it durable and renames it into
+place, configuration and index last. The journal there lists what is written, with checksums, so that a killed
+run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DiskError, OutputError, OutputExists, OutputLocked
+from .crc import Ledger
+from .plan import FilePlan, Plan
+from .source import Source
+from .store import CHUNK, Bits, as_bytes
+
+WORK = ".mixtools"
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+FLUSH_BYTES = 128 << 20  # dirty pages given to the disk while the next are computed
+# what --overwrite may delete; a folder holding anything else is not ours to empty
+_REPLACEABLE = frozenset(
+    {".safetensors", ".pth", ".pt", ".bin", ".gguf", ".model", ".json"}
+    | {".jinja", ".yaml", ".html", ".csv", ".png", ".md"}
+)
+_REPLACEABLE_NAMES = {"RELEASE", "LICENSE", ".gitattributes"}
+
+
+class Region(NamedTuple):
+    """A slot's bytes: `start` within the stored tensor `name`."""
+
+    name: str
+    start: int
+
+
+class Output:
+    """Use as a context manager; leaving it without `commit` keeps the work folder for a resumed run."""
+
+    def __init__(
+        self, folder: Path, plan: Plan, key: Mapping[str, Any], *, overwrite: bool = False, resume: bool = True
+    ) -> None:
+        """Lock `folder` and prepare it, or continue the run with the same `key` found there.
+
+        Raises OutputExists, OutputLocked or DiskError before anything is written.
+        """
+        self.folder, self.plan, self.work = folder, plan, folder / WORK
+        self.overwrite = overwrite
+        self.done: dict[Region, tuple[int, int]] = {}  # -> size, crc
+        self._mutex = threading.Lock()
+        self._unflushed: dict[str, int] = {}
+        self._committing = False
+        _expect_free(folder, overwrite, self.work)
+        with _DiskErrors(folder):
+            self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.work / LOCK, folder)
+        self._files: dict[str, int] = {}
+        try:
+            self._begin({"plan": _digest(plan), **key}, overwrite, resume)
+        except BaseException:
+            self.close()
+            _forget(self.work, folder)
+            raise
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @property
+    def done_bytes(self) -> int:
+        return sum(size for size, _ in self.done.values())
+
+    def add(self, region: Region, blocks: Iterable[Bits]) -> int:
+        """Write a region's blocks one behind the other, and journal it. Safe to call from several threads."""
+        tensor = self.plan.tensors[region.name]
+        file = self._files[tensor.file]
+        start = tensor.offset + region.start
+        at, crc = start, 0
+        for block in blocks:
+            view = as_bytes(block)
+            for low in range(0, len(view), CHUNK):
+                chunk = view[low : low + CHUNK]
+                crc = zlib.crc32(chunk, crc)
+                with _DiskErrors(self.folder):
+                    _write_all(file, chunk, at)
+                at += len(chunk)
+        line = {"tensor": region.name, "start": region.start, "bytes": at - start, "crc32": f"{crc:08x}"}
+        with self._mutex, _DiskErrors(self.folder):
+            self.done[region] = (at - start, crc)
+            self._append(line)
+            dirty = self._unflushed[tensor.file] = self._unflushed.get(tensor.file, 0) + at - start
+            if dirty >= FLUSH_BYTES:
+                self._unflushed[tensor.file] = 0
+        if dirty >= FLUSH_BYTES:
+            with _DiskErrors(self.folder):
+                os.fdatasync(file)
+        return at - start
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of every stored tensor, from those of its regions."""
+        ledgers = {name: Ledger(tensor.nbytes) for name, tensor in self.plan.tensors.items()}
+        for region, (size, crc) in self.done.items():
+            ledgers[region.name].add(region.start, region.start + size, crc)
+        totals = {name: ledger.total() for name, ledger in ledgers.items()}
+        missing = [name for name, total in totals.items() if total is None]
+        if missing:
+            raise OutputError("was never written whole; nothing is committed", file=self.folder, tensor=missing[0])
+        return {name: total for name, total in totals.items() if total is not None}
+
+    def commit(self, documents: Mapping[str, bytes], last: Mapping[str, bytes]) -> None:
+        """Seal, fsync and rename into place: weights, then `documents`, then `last`, then the index.
+
+        Raises OutputError if a tensor was not written, DiskError if the disk is full.
+        """
+        with _DiskErrors(self.folder):
+            self._seal()
+            small = {**documents, **last, **self.plan.index}
+            for name, data in small.items():
+                _write_durably(self.work / name, data)
+            _sync_folder(self.work)
+            names = [file.name for file in self.plan.files] + list(small)
+            self._append({"committing": True})
+            if self.overwrite:
+                _remove_old(self.folder, keep=() if not self._committing else names)
+            for name in names:
+                if (self.work / name).exists():
+                    (self.work / name).rename(self.folder / name)
+            _sync_folder(self.folder)
+            shutil.rmtree(self.work)
+            _sync_folder(self.folder)
+            _sync_folder(self.folder.parent)
+
+    def _seal(self) -> None:
+        crcs = self.checksums()
+        for file in self.plan.files:
+            if file.name not in self._files:
+                continue  # renamed by the run that was killed while committing
+            for offset, data in file.seal(crcs) if file.seal else ():
+                _write_all(self._files[file.name], memoryview(data), offset)
+            os.fsync(self._files[file.name])
+
+    def _begin(self, key: dict[str, Any], overwrite: bool, resume: bool) -> None:
+        path = self.work / JOURNAL
+        lines = _read_journal(path) if resume else []
+        if lines and lines[0] != {"key": key}:
+            if not overwrite:
+                why = f"holds an interrupted run that differs in {_difference(lines[0].get('key'), key)}"
+                raise OutputExists(f"{why}; --overwrite drops it and starts anew", file=self.folder)
+            lines = []
+        if not lines:
+            _empty(self.work)
+        self._committing = any("committing" in line for line in lines)
+        _expect_room(self.folder, self.plan, self.work)
+        with _DiskErrors(self.folder):
+            for file in self.plan.files:
+                moved = self._committing and not (self.work / file.name).exists()
+                if not moved:
+                    self._files[file.name] = _open_part(self.work / file.name, file)
+            self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._files[JOURNAL] = self._journal
+            if not lines:
+                self._append({"key": key})
+        self._take_over(lines[1:])
+
+    def _take_over(self, lines: list[dict[str, Any]]) -> None:
+        """Trust what the journal lists as far as the bytes on disk agree."""
+        sources = {file.name: Source(self.work / file.name) for file in self.plan.files if file.name in self._files}
+        for line in lines:
+            if "tensor" not in line:
+                continue
+            region, size, crc = Region(line["tensor"], line["start"]), line["bytes"], int(line["crc32"], 16)
+            tensor = self.plan.tensors[region.name]
+            source = sources.get(tensor.file)
+            if source is None or _crc(source, tensor.offset + region.start, size) == crc:
+                self.done[region] = (size, crc)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        os.write(self._journal, (json.dumps(line) + "\n").encode())
+
+
+class _DiskErrors:
+    """ENOSPC and its kin as DiskError; any other OSError as OutputError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskError(
+                    "the disk is full; free some space and run the same command again to continue", file=self.folder
+                ) from None
+            raise OutputError(f"cannot be written ({error.strerror})", file=error.filename or self.folder) from None
+
+
+def _expect_free(folder: Path, overwrite: bool, work: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputExists("is a file; the output is a folder", file=folder)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK)
+    if not names or _is_committing(work):
+        return
+    if not overwrite:
+        raise OutputExists(f"is not empty ({names[0]}, ...); --overwrite replaces a checkpoint there", file=folder)
+    for name in names:
+        path = folder / name
+        if path.is_dir() or not (path.suffix in _REPLACEABLE or name in _REPLACEABLE_NAMES):
+            raise OutputExists(f"holds {name}, which no checkpoint has; --overwrite leaves it alone", file=folder)
+
+
+def _is_committing(work: Path) -> bool:
+    return any("committing" in line for line in _read_journal(work / JOURNAL))
+
+
+def _remove_old(folder: Path, keep: Iterable[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in (WORK, *keep):
+            path.unlink()
+
+
+def _lock(path: Path, folder: Path) -> int:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise OutputLocked("is being written by another mixtools process", file=folder) from None
+    except OSError as error:
+        raise OutputError(f"cannot be locked ({error.strerror})", file=folder) from None
+    return file
+
+
+def _expect_room(folder: Path, plan: Plan, work: Path) -> None:
+    """Bytes still to be allocated must be free now, not after an hour's work."""
+    present = sum(path.stat().st_blocks * 512 for path in work.iterdir() if path.is_file())
+    needed = max(0, plan.total_bytes - present)
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise DiskError(f"needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=folder)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Its lines; a last line cut by a kill is left out."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in raw.split(b"\n"):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _difference(old: object, new: Mapping[str, Any]) -> str:
+    if not isinstance(old, dict):
+        return "everything"
+    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name)))
+
+
+def _digest(plan: Plan) -> str:
+    """Of every name, type and offset: a journal fits only the plan it was written for."""
+    tensors = [[t.name, t.dtype.value, t.shape, t.file, t.offset] for t in plan.tensors.values()]
+    return f"{zlib.crc32(json.dumps([tensors, [[f.name, f.size] for f in plan.files]]).encode()):08x}"
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def _forget(work: Path, folder: Path) -> None:
+    """Leave no trace of a run that never began."""
+    if not (work / JOURNAL).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _open_part(path: Path, file: FilePlan) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    os.ftruncate(handle, file.size)
+    _write_all(handle, memoryview(file.head), 0)
+    return handle
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _crc(source: Source, offset: int, size: int) -> int:
+    buffer = memoryview(bytearray(min(size, CHUNK)))
+    crc = 0
+    for at in range(0, size, CHUNK):
+        chunk = buffer[: min(CHUNK, size - at)]
+        source.read_into(offset + at, chunk)
+        crc = zlib.crc32(chunk, crc)
+    return crc

@@ -1,0 +1,196 @@
+"""The pickle inside a .pth file, run by a machine that knows a dozen values and calls nothing.
+
+torch.load's own `weights_only` has been bypassed (CVE-2025-32434, CVE-2026-24747), so no unpickler of
+Python's runs here: `pickletools` splits the opcodes, and the machine below builds descriptions of tensors.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from ..errors import FormatError, UnsafeError
+from .dtypes import DType
+
+STORAGES = {
+    "DoubleStorage": DType.F64, "FloatStorage": DType.F32, "HalfStorage": DType.F16, "BFloat16Storage": DType.BF16,
+    "LongStorage": DType.I64, "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8,
+    "ByteStorage": DType.U8, "BoolStorage": DType.BOOL,
+}  # fmt: skip
+_STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+_REBUILD = "torch._utils _rebuild_tensor_v2"
+_ORDERED_DICT = "collections OrderedDict"
+
+
+class StorageRef(NamedTuple):
+    """A persistent id: the zip member data/<key> holds `numel` elements."""
+
+    dtype: DType
+    key: str
+    numel: int
+
+
+class TensorRef(NamedTuple):
+    """A view of a storage; offset and strides in elements, not yet checked against its size."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Global(NamedTuple):
+    name: str
+
+
+_MARK = object()
+_PUSHES = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def load(data: bytes, file: str) -> Any:
+    """What the pickle describes: dicts, lists, numbers, strings, TensorRefs.
+
+    Raises UnsafeError if it names or calls anything else, FormatError if it is malformed.
+    """
+    try:
+        return _Machine(file).run(data)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"data.pkl is not a well-formed pickle ({type(error).__name__}: {error})", file=file
+        ) from None
+
+
+class _Machine:
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self._step(opcode.name, argument)
+        raise ValueError("no STOP")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in _PUSHES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name == "GLOBAL":
+            stack.append(self._global(argument))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [self._global(f"{stack[-2]} {stack[-1]}")]
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME"):
+            self._combine(name)
+
+    def _combine(self, name: str) -> None:
+        """Opcodes that put values into others; every one left is refused."""
+        stack = self.stack
+        if name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(self._call(function, arguments))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._to_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            self._expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+        elif name in ("APPEND", "APPENDS"):
+            values = self._to_mark() if name == "APPENDS" else [stack.pop()]
+            self._expect(stack[-1], list).extend(values)
+        elif name == "BUILD":  # a state_dict's `_metadata`: versions of modules, of no use here
+            self._expect(stack.pop(), dict)
+            self._expect(stack[-1], OrderedDict)
+        else:
+            raise UnsafeError(f"its pickle uses {name}, which no checkpoint needs; not loaded", file=self.file)
+
+    def _to_mark(self) -> list[Any]:
+        at = max(i for i, value in enumerate(self.stack) if value is _MARK)
+        values = self.stack[at + 1 :]
+        del self.stack[at:]
+        return values
+
+    def _expect(self, value: Any, kind: type) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"a {kind.__name__} was expected, not {type(value).__name__}")
+        return value
+
+    def _global(self, name: str) -> _Global:
+        module, _, attribute = name.partition(" ")
+        if name in (_REBUILD, _ORDERED_DICT) or (module == "torch" and attribute in STORAGES):
+            return _Global(name)
+        raise UnsafeError(f"its pickle asks for {module}.{attribute}; not loaded", file=self.file)
+
+    def _storage(self, identity: Any) -> StorageRef:
+        kind, storage, key, _device, numel = identity
+        if kind != "storage" or not isinstance(storage, _Global) or not storage.name.startswith("torch "):
+            raise ValueError(f"persistent id {identity!r} is no storage")
+        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+            raise ValueError(f"persistent id {identity!r} has no key and size")
+        return StorageRef(STORAGES[storage.name.split()[1]], key, numel)
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if function == _Global(_ORDERED_DICT):
+            return OrderedDict(*arguments)
+        if function == _Global(_REBUILD):
+            storage, offset, shape, strides = arguments[:4]
+            numbers = (offset, *shape, *strides)
+            if not isinstance(storage, StorageRef) or not all(type(n) is int for n in numbers):
+                raise ValueError("a tensor is not made of a storage, an offset, a shape and strides")
+            return TensorRef(storage, offset, tuple(shape), tuple(strides))
+        raise UnsafeError(f"its pickle calls {function!r}; not loaded", file=self.file)
+
+
+def dump(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
+    """The pickle of {name: tensor}, tensor i whole and contiguous in storage i (protocol 2, no memo)."""
+    out = [b"\x80\x02}("]
+    for index, (name, dtype, shape) in enumerate(tensors):
+        numel = 1
+        strides: list[int] = []
+        for n in reversed(shape):
+            strides.insert(0, numel)
+            numel *= n
+        out += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", _text("storage")]
+        out += [f"ctorch\n{_STORAGE_NAMES[dtype]}\n".encode(), _text(str(index)), _text("cpu"), _int(numel), b"tQ"]
+        out += [_int(0), b"(", *map(_int, shape), b"t(", *map(_int, strides), b"t\x89"]
+        out += [b"ccollections\nOrderedDict\n)RtR"]
+    return b"".join([*out, b"u."])
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return b"X" + len(raw).to_bytes(4, "little") + raw
+
+
+def _int(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw

@@ -1,0 +1,113 @@
+"""Plan: every file, tensor and offset of an output, known before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import UsageError
+from . import safetensors, torchzip_layout
+from .dtypes import DType
+
+Seal = Callable[[Mapping[str, int]], list[tuple[int, bytes]]]
+
+
+class TensorPlan(NamedTuple):
+    """One stored tensor: its file and where its bytes start there."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.shape[-1] if self.shape else 1) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file: `head` goes to offset 0; `seal` gives, from the tensors' CRCs, what is written at the end."""
+
+    name: str
+    size: int
+    head: bytes
+    seal: Seal | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All weight files, and small documents that make the folder loadable and hence come last."""
+
+    files: Sequence[FilePlan]
+    tensors: Mapping[str, TensorPlan]
+    index: Mapping[str, bytes]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+Shape = tuple[str, DType, tuple[int, ...]]
+
+
+def _bytes(tensor: Shape) -> int:
+    return math.prod(tensor[2]) * tensor[1].itemsize
+
+
+def single_safetensors(name: str, tensors: Sequence[Shape]) -> Plan:
+    """One safetensors file."""
+    file, placed = _safetensors_file(name, tensors)
+    return Plan([file], {tensor.name: tensor for tensor in placed}, {})
+
+
+def sharded_safetensors(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
+    """model.safetensors, or model-00001-of-N with an index where one shard is not enough."""
+    if max_shard_bytes < 1:
+        raise UsageError(f"a shard of {max_shard_bytes} bytes holds no tensor")
+    shards: list[list[Shape]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if shards[-1] and _bytes(tensor) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= _bytes(tensor)
+    if len(shards) == 1:
+        return single_safetensors("model.safetensors", tensors)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    pairs = [_safetensors_file(name, shard) for name, shard in zip(names, shards, strict=True)]
+    placed = {tensor.name: tensor for _, shard in pairs for tensor in shard}
+    total = sum(map(_bytes, tensors))
+    index = {"metadata": {"total_size": total}, "weight_map": {name: plan.file for name, plan in placed.items()}}
+    text = (json.dumps(index, indent=2) + "\n").encode()
+    return Plan([file for file, _ in pairs], placed, {"model.safetensors.index.json": text})
+
+
+def torch_zips(files: Mapping[str, Sequence[Shape]], index: Mapping[str, bytes] | None = None) -> Plan:
+    """torch.save's zips, one for each file name."""
+    plans, placed = [], {}
+    for name, tensors in files.items():
+        zipped = torchzip_layout.ZipPlan(name.rpartition(".")[0], tensors)
+        plans.append(FilePlan(name, zipped.size, b"", zipped.seal))
+        for (tensor, dtype, shape), offset in zip(tensors, zipped.offsets, strict=True):
+            placed[tensor] = TensorPlan(tensor, dtype, shape, name, offset)
+    return Plan(plans, placed, index or {})
+
+
+def _safetensors_file(name: str, tensors: Sequence[Shape]) -> tuple[FilePlan, list[TensorPlan]]:
+    head = safetensors.encode_header(tensors)
+    offset = len(head)
+    placed = []
+    for tensor, dtype, shape in tensors:
+        placed.append(TensorPlan(tensor, dtype, shape, name, offset))
+        offset += _bytes((tensor, dtype, shape))
+    return FilePlan(name, offset, head), placed

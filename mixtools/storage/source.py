@@ -1,0 +1,67 @@
+"""Source: the bytes of one file, or of parts whose concatenation is one file, read by offset."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import FormatError, InputError
+
+
+class Source:
+    """Reads with `pread`: no shared position, so any number of threads may read at once."""
+
+    def __init__(self, paths: Path | Sequence[Path]) -> None:
+        """Open one file or the parts of one, in order. Raises InputError if one cannot be opened."""
+        self.paths = [paths] if isinstance(paths, Path) else list(paths)
+        self.label = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]}..{self.paths[-1].name}"
+        self._files: list[int] = []
+        self._starts = [0]  # of each part in the concatenation, and the end
+        for path in self.paths:
+            try:
+                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise InputError(f"cannot be opened ({error.strerror})", file=path) from None
+            self._starts.append(self._starts[-1] + os.fstat(self._files[-1]).st_size)
+
+    @property
+    def size(self) -> int:
+        return self._starts[-1]
+
+    def fingerprint(self) -> list[list[object]]:
+        """Name, size and modification time of each part: what a resumed run must find unchanged."""
+        stats = [(path, os.fstat(file)) for path, file in zip(self.paths, self._files, strict=True)]
+        return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` (bytes) from `offset`. Raises FormatError where the file ends too early."""
+        done = 0
+        while done < len(view):
+            part = bisect.bisect_right(self._starts, offset + done) - 1
+            if part >= len(self._files):
+                raise FormatError("ends too early", file=self.label, expected=offset + len(view), found=self.size)
+            in_part = offset + done - self._starts[part]
+            room = self._starts[part + 1] - self._starts[part] - in_part
+            try:
+                count = os.preadv(self._files[part], [view[done : done + room]], in_part)
+            except OSError as error:
+                raise InputError(f"cannot be read ({error.strerror})", file=self.paths[part]) from None
+            if count == 0:
+                raise FormatError("shrank while it was read", file=self.paths[part])
+            done += count
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise FormatError("ends too early", file=self.label, expected=offset + size, found=self.size)
+        buffer = bytearray(size)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def __del__(self) -> None:
+        self.close()
