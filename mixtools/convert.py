@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +17,9 @@ from . import __version__
 from .config import MixtralConfig
 from .errors import Interrupted, TensorError, UsageError
 from .layouts.checkpoint import Checkpoint
-from .layouts.hf import HF
+from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
-from .layouts.torrent import CONSOLIDATED, TORRENT
+from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Slot
 from .progress import Progress, Silent
 from .storage import manifest, plan
@@ -75,26 +75,40 @@ class Job:
 def plan_hf(source: Checkpoint, options: Options) -> Job:
     """Layout D: sharded safetensors, configuration, tokenizer and chat template."""
     tensors = _tensors(source, HF, options)
+    target = plan_for(HF, tensors, options.max_shard_bytes)
     documents, missing = _hf_documents(source)
     dtypes = {dtype for _, dtype, _ in tensors}
     torch_dtype = max(dtypes, key=lambda dtype: sum(math.prod(s) for _, d, s in tensors if d is dtype)).torch_name
     config = _json(source.config.to_hf(torch_dtype))
-    target = plan.sharded_safetensors(tensors, options.max_shard_bytes)
     return Job(source, HF, options, target, documents, {"config.json": config}, missing)
 
 
 def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
     """Layout C, or A as a torch zip."""
     layout = CONSOLIDATED if safetensors else TORRENT
-    tensors = _tensors(source, layout, options)
-    if safetensors:
-        target = plan.single_safetensors("consolidated.safetensors", tensors)
-    else:
-        target = plan.torch_zips({"consolidated.00.pth": tensors})
+    target = plan_for(layout, _tensors(source, layout, options), options.max_shard_bytes)
     model = source.folder / TOKENIZER
     documents = {TOKENIZER: model.read_bytes()} if model.is_file() else {}
     last = {"params.json": _json(source.config.to_params())}
     return Job(source, layout, options, target, documents, last, () if documents else (TOKENIZER,))
+
+
+def plan_for(layout: Layout, tensors: Sequence[plan.Shape], max_shard_bytes: int) -> plan.Plan:
+    """The weight files of a layout, named as `detect` finds them; D, E and F in shards.
+
+    Raises UsageError for A', which is no file of its own: write A and cut the file.
+    """
+    if layout in (HF, HF_FUSED):
+        return plan.sharded_safetensors(tensors, max_shard_bytes)
+    if layout is HF_BIN:
+        return plan.sharded_torch_zips(tensors, max_shard_bytes)
+    if layout is CONSOLIDATED:
+        return plan.single_safetensors("consolidated.safetensors", tensors)
+    if layout is STACKED:
+        return plan.dealt_torch_zips([f"consolidated.{i:02}.pt" for i in range(8)], tensors)
+    if layout is TORRENT:
+        return plan.torch_zips({"consolidated.00.pth": tensors})
+    raise UsageError(f"layout {layout.letter} ({layout.title}) cannot be written")
 
 
 def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
@@ -127,16 +141,36 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
 
 
 def _transfer(job: Job, output: Output, how: Run) -> None:
-    """All slots that are not yet written, on `jobs` threads; the first error stops them all."""
+    def blocks(slot: Slot) -> Iterator[Bits]:
+        return _blocks(job, slot)
+
+    write_slots(job.layout, job.source.config, blocks, output, how)
+
+
+def write_slots(
+    layout: Layout, config: MixtralConfig, blocks: Callable[[Slot], Iterator[Bits]], output: Output, how: Run
+) -> None:
+    """All slots that are not yet written, on `jobs` threads; the first error stops them all.
+
+    `blocks` gives a slot's canonical rows [rows, columns] in order, in runs that are multiples of
+    `layout.granule`, with the target's dtype.
+    """
     stop = threading.Event()
 
+    def stored(slot: Slot) -> Iterator[Bits]:
+        op = layout.rules[slot.role].op
+        for block in blocks(slot):
+            if stop.is_set():
+                raise Interrupted("stopped; the same command continues")
+            yield from_canonical(op, block, config.head_dim)
+
     def one(slot: Slot) -> None:
-        region = region_of(job.layout, slot, job.source.config, job.plan)
+        region = region_of(layout, slot, config, output.plan)
         if region not in output.done and not stop.is_set():
-            how.progress.advance(output.add(region, _blocks(job, slot, stop)))
+            how.progress.advance(output.add(region, stored(slot)))
 
     with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
-        futures = [pool.submit(one, slot) for slot in job.source.slots()]
+        futures = [pool.submit(one, slot) for slot in config.slots()]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -158,14 +192,11 @@ def _granule(job: Job, slot: Slot) -> int:
     return math.lcm(job.layout.granule(slot, config), job.source.layout.granule(slot, config))
 
 
-def _blocks(job: Job, slot: Slot, stop: threading.Event) -> Iterator[Bits]:
-    """The slot as the target stores it."""
-    config, op = job.source.config, job.layout.rules[slot.role].op
+def _blocks(job: Job, slot: Slot) -> Iterator[Bits]:
+    """The slot in canonical form, with the target's dtype."""
     source, target = job.source.spec(slot).dtype, _target_dtype(job.source, slot, job.options)
-    for block in job.source.blocks(slot, CHUNK, job.layout.granule(slot, config)):
-        if stop.is_set():
-            raise Interrupted("stopped; the same command continues")
-        yield from_canonical(op, cast(block, source, target, slot), config.head_dim)
+    for block in job.source.blocks(slot, CHUNK, job.layout.granule(slot, job.source.config)):
+        yield cast(block, source, target, slot)
 
 
 def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
@@ -192,13 +223,17 @@ def _target_dtype(source: Checkpoint, slot: Slot, options: Options) -> DType:
 
 
 def _tensors(source: Checkpoint, layout: Layout, options: Options) -> list[plan.Shape]:
-    """The target's tensors in slot order, each once."""
     if options.dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
+    return stored_tensors(layout, source.config, lambda slot: _target_dtype(source, slot, options))
+
+
+def stored_tensors(layout: Layout, config: MixtralConfig, dtype_of: Callable[[Slot], DType]) -> list[plan.Shape]:
+    """A layout's tensors in slot order, each once. Raises TensorError where two dtypes would meet in one."""
     tensors: dict[str, plan.Shape] = {}
-    for slot in source.slots():
-        piece = layout.piece(slot, source.config)
-        dtype = _target_dtype(source, slot, options)
+    for slot in config.slots():
+        piece = layout.piece(slot, config)
+        dtype = dtype_of(slot)
         known = tensors.setdefault(piece.name, (piece.name, dtype, piece.shape))
         if known[1] is not dtype:
             raise TensorError("would join tensors of two dtypes; choose one with --dtype", tensor=piece.name)
@@ -207,12 +242,12 @@ def _tensors(source: Checkpoint, layout: Layout, options: Options) -> list[plan.
 
 def _hf_documents(source: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Tokenizer files and generation_config.json, and the names of those that the source cannot give."""
-    from . import tokenizer
+    from .tokenizer_files import hf_files
 
     documents = {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
     model = source.folder / TOKENIZER
     if model.is_file():
-        return {**documents, **tokenizer.hf_files(model)}, ()
+        return {**documents, **hf_files(model)}, ()
     kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     found = {name: (source.folder / name).read_bytes() for name in kept if (source.folder / name).is_file()}
     return {**documents, **found}, () if "tokenizer.json" in found else (TOKENIZER,)

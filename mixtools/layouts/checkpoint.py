@@ -93,7 +93,7 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
     """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
     expected = {piece.name: piece.shape for piece in (layout.piece(slot, config) for slot in config.slots())}
     missing = [name for name in expected if name not in store.entries]
-    unknown = [name for name in store.entries if name not in expected and not name.endswith(layout.ignored or ("\0",))]
+    unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []
     if missing:
         problems.append(LayoutError(f"lacks {_some(missing)}", file=folder, tensor=missing[0]))

@@ -72,6 +72,10 @@ class Layout:
         whole = (config.num_experts * block, columns) if rule.folded else (config.num_experts, block, columns)
         return Piece(name, whole, start, start + rows, rule.op)
 
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name is a known buffer that no model needs."""
+        return name.endswith(self.ignored) if self.ignored else False
+
     def granule(self, slot: Slot, config: MixtralConfig) -> int:
         """The fewest canonical rows that can be converted by themselves; 0 means only the whole."""
         op = self.rules[slot.role].op

@@ -1,0 +1,86 @@
+"""mixtools doctor: what this machine can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import base
+
+_PACKAGES = ("torch", "safetensors", "numpy", "scipy", "tokenizers", "sentencepiece", "huggingface-hub", "gguf")
+_OPTIONAL = {
+    "transformers": "comparison with its Mixtral",
+    "mistral-common": "comparison with its chat ids",
+    "auto-gptq": "--backend auto-gptq",
+    "autoawq": "--backend autoawq",
+}
+
+
+def doctor(json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False) -> int:
+    """What this machine can do: torch, kernels, memory, disk, optional packages.
+
+    Example: mixtools doctor --json
+    """
+    screen = base.Screen(json, quiet)
+    document = examine()
+    screen.result(document, lambda: _tell(document))
+    return 0 if document["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that can differ between two machines on which mixtools is installed."""
+    import torch
+
+    from .. import native
+    from ..errors import MixtoolsError
+
+    try:
+        kernels, problem = native.instruction_set(), None
+    except MixtoolsError as error:
+        kernels, problem = None, str(error)
+    versions = {name: _version(name) for name in _PACKAGES}
+    cuda = torch.cuda.is_available()
+    return {
+        "ok": problem is None and all(versions.values()),
+        "mixtools": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "kernels": {"instruction_set": kernels, "problem": problem},
+        "cpu": {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                "torch_threads": torch.get_num_threads(), "torch_capability": torch.backends.cpu.get_cpu_capability()},
+        "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "mps": torch.backends.mps.is_available(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tell(document: dict[str, Any]) -> Iterator[str]:
+    yield f"mixtools {document['mixtools']}, Python {document['python']}, {document['platform']}"
+    for name, version in document["packages"].items():
+        yield f"  {name:<16} {version or 'MISSING: pip install ' + name}"
+    kernels = document["kernels"]
+    yield f"  {'kernels':<16} {kernels['instruction_set'] or 'MISSING: ' + str(kernels['problem'])}"
+    cpu = document["cpu"]
+    yield f"  {'cpu':<16} {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads, {cpu['torch_capability']}"
+    yield f"  {'cuda':<16} {', '.join(document['cuda']) or 'no device'}"
+    yield f"  {'memory':<16} {base.human_bytes(document['memory_bytes'])}"
+    yield f"  {'disk':<16} {base.human_bytes(document['disk_free_bytes'])} free in this folder"
+    for name, version in document["optional"].items():
+        yield f"  {name:<16} {version or 'not installed'} (optional: {_OPTIONAL[name]})"
+    yield "all is well" if document["ok"] else "something is missing, see above"
