@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+
+from mixtools import native
+
+# A slow machine is no failure, and a run can be repeated: the same examples every time.
+hypothesis.settings.register_profile("mixtools", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mixtools")
+
+
+@pytest.fixture(params=list(native.Isa), ids=lambda isa: isa.name.lower())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> native.Isa:
+    """Runs the test once with each instruction set that this machine has."""
+    if request.param > native.best_instruction_set():
+        pytest.skip("this machine lacks it")
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param.name.lower())
+    return native.Isa(request.param)
