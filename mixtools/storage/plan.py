@@ -71,25 +71,54 @@ def single_safetensors(name: str, tensors: Sequence[Shape]) -> Plan:
 
 def sharded_safetensors(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
     """model.safetensors, or model-00001-of-N with an index where one shard is not enough."""
-    if max_shard_bytes < 1:
-        raise UsageError(f"a shard of {max_shard_bytes} bytes holds no tensor")
+    shards = _shards("model", "safetensors", tensors, max_shard_bytes)
+    pairs = [_safetensors_file(name, shard) for name, shard in shards.items()]
+    placed = {tensor.name: tensor for _, shard in pairs for tensor in shard}
+    return Plan([file for file, _ in pairs], placed, _index("model.safetensors", shards))
+
+
+def sharded_torch_zips(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
+    """pytorch_model.bin, or pytorch_model-00001-of-N with an index where one shard is not enough."""
+    shards = _shards("pytorch_model", "bin", tensors, max_shard_bytes)
+    return torch_zips(shards, _index("pytorch_model.bin", shards))
+
+
+def dealt_torch_zips(names: Sequence[str], tensors: Sequence[Shape]) -> Plan:
+    """Torch zips of these names, the tensors in their order and spread evenly by bytes."""
+    files: dict[str, list[Shape]] = {name: [] for name in names}
+    total, before = sum(map(_bytes, tensors)), 0
+    for tensor in tensors:
+        files[names[before * len(names) // total]].append(tensor)
+        before += _bytes(tensor)
+    return torch_zips(files)
+
+
+def _shards(stem: str, suffix: str, tensors: Sequence[Shape], max_bytes: int) -> dict[str, list[Shape]]:
+    """Tensors by file, in order, each file filled as far as `max_bytes` allows but holding at least one."""
+    if max_bytes < 1:
+        raise UsageError(f"a shard of {max_bytes} bytes holds no tensor")
     shards: list[list[Shape]] = [[]]
-    room = max_shard_bytes
+    room = max_bytes
     for tensor in tensors:
         if shards[-1] and _bytes(tensor) > room:
             shards.append([])
-            room = max_shard_bytes
+            room = max_bytes
         shards[-1].append(tensor)
         room -= _bytes(tensor)
+    count = len(shards)
+    if count == 1:
+        return {f"{stem}.{suffix}": shards[0]}
+    return {f"{stem}-{i:05}-of-{count:05}.{suffix}": shard for i, shard in enumerate(shards, 1)}
+
+
+def _index(stem: str, shards: Mapping[str, Sequence[Shape]]) -> dict[str, bytes]:
+    """The index that goes with several shards."""
     if len(shards) == 1:
-        return single_safetensors("model.safetensors", tensors)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    pairs = [_safetensors_file(name, shard) for name, shard in zip(names, shards, strict=True)]
-    placed = {tensor.name: tensor for _, shard in pairs for tensor in shard}
-    total = sum(map(_bytes, tensors))
-    index = {"metadata": {"total_size": total}, "weight_map": {name: plan.file for name, plan in placed.items()}}
-    text = (json.dumps(index, indent=2) + "\n").encode()
-    return Plan([file for file, _ in pairs], placed, {"model.safetensors.index.json": text})
+        return {}
+    total = sum(_bytes(tensor) for shard in shards.values() for tensor in shard)
+    weight_map = {tensor[0]: file for file, shard in shards.items() for tensor in shard}
+    document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {f"{stem}.index.json": (json.dumps(document, indent=2) + "\n").encode()}
 
 
 def torch_zips(files: Mapping[str, Sequence[Shape]], index: Mapping[str, bytes] | None = None) -> Plan:
