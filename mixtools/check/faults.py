@@ -1,0 +1,45 @@
+"""The classic faults of converters, recognised in a tensor: all of them pass every check of names and shapes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ..names import Role, Slot
+
+UNPERMUTED = "the q/k rows are in the torrent's order: the rotary permutation was left out"
+TWICE = (
+    "the q/k rows were permuted once too often: a permutation to Hugging Face's order was repeated, or the one back to "
+    "the torrent's order was left out"
+)
+RESHAPED = "w2 was reshaped where it had to be transposed"
+TRANSPOSED = "the matrix is transposed"
+
+
+def reordered(slot: Slot, wanted: Tensor, found: Tensor, head_dim: int) -> str | None:
+    """Which fault makes `found` of `wanted` (one shape, one dtype, canonical), or None: right values, wrong order."""
+    if slot.role in (Role.Q, Role.K):
+        heads = found.view(-1, head_dim, found.shape[1])
+        pairs = wanted.view(-1, 2, head_dim // 2, found.shape[1]).transpose(1, 2)  # Hugging Face's halves, interleaved
+        if torch.equal(heads, pairs.reshape(heads.shape)):
+            return UNPERMUTED
+        halves = wanted.view(-1, head_dim // 2, 2, found.shape[1]).transpose(1, 2)
+        if torch.equal(heads, halves.reshape(heads.shape)):
+            return TWICE
+    if wanted.ndim == 2 and wanted.shape[0] == wanted.shape[1] and torch.equal(found, wanted.T):
+        return TRANSPOSED
+    if slot.role is Role.DOWN:
+        # layout B keeps w2 as [F, D]; taken as [D, F] without moving a value, or the other way round
+        stored = wanted.T.contiguous().view(wanted.shape)
+        if torch.equal(found, stored) or torch.equal(found.T.contiguous().view(found.shape), wanted):
+            return RESHAPED
+    return None
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """Of some rows and the shape: enough to recognise a tensor among a model's, to be confirmed in full."""
+    rows = tensor if tensor.ndim > 1 else tensor[None]
+    chosen = rows[[0, len(rows) // 2, len(rows) - 1]].contiguous()
+    return hashlib.blake2b(chosen.view(torch.uint8).numpy().data, person=str(len(rows)).encode()).digest()
