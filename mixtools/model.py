@@ -11,7 +11,7 @@ H heads, G key-value heads, hd head size, E experts, K experts per token, F expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,10 +23,9 @@ from .config import MixtralConfig
 from .errors import TensorError
 from .layouts.reader import Reader
 from .names import Role, Slot, layer_slots
+from .progress import Progress
 
 HEAD_ROWS = 1024  # rows of the vocabulary that are widened to fp32 at a time
-
-Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
 
 class Observer(Protocol):
@@ -198,7 +197,7 @@ class Layer:
     def __call__(
         self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """[B, T, D] -> [B, T, D]. Takes about 4 F elements per token of the busiest expert."""
         eps = self.config.rms_norm_eps
         x = x + self.attention(rms_norm(x, self.attention_norm, eps), where, cache, observer)
         tokens = rms_norm(x, self.ffn_norm, eps).flatten(0, 1)  # [N, D]
@@ -232,17 +231,10 @@ class Layer:
         if observer:
             observer(Slot(Role.ROUTER, self.index), x, None, None)
         weights, experts = self.route(x)
-        # pairs of token and expert, sorted by expert: each expert's are one segment, its tokens in order
-        expert_of, order = experts.flatten().sort(stable=True)  # [N*K]
-        token_of, weight_of = order // experts.shape[1], weights.flatten()[order]
         out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
-        start = 0
-        for expert, count in enumerate(torch.bincount(expert_of, minlength=len(self.down)).tolist()):
-            if count:
-                rows, share = token_of[start : start + count], weight_of[start : start + count]
-                y = self.expert(expert, x[rows], rows, share, observer)
-                out.index_add_(0, rows, y * share[:, None])
-            start += count
+        for expert, rows, share in segments(weights, experts, self.config.num_experts):
+            y = self.expert(expert, x[rows], rows, share, observer)
+            out.index_add_(0, rows, y * share[:, None])  # a token occurs once in a segment: no race, one order
         return out.to(x.dtype)
 
     def expert(self, expert: int, x: Tensor, tokens: Tensor, weights: Tensor, observer: Observer | None) -> Tensor:
@@ -255,6 +247,24 @@ class Layer:
         if observer:
             observer(Slot(Role.DOWN, self.index, expert), inner, tokens, weights)
         return F.linear(inner, self.down[expert])
+
+
+def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Router's choice [N, K], twice -> per expert that has any: its number, its tokens [n], their weights [n].
+
+    One sort of the pairs; scripts/bench/experts.py holds this against loops over masks, grouped and dense products.
+    """
+    if len(experts) == 1:  # nothing to sort
+        for place, expert in enumerate(experts[0].tolist()):
+            yield expert, torch.zeros_like(experts[0, :1]), weights[0, place : place + 1]
+        return
+    expert_of, order = experts.flatten().sort(stable=True)  # [N*K]
+    token_of, weight_of = order // experts.shape[1], weights.flatten()[order]
+    start = 0
+    for expert, count in enumerate(torch.bincount(expert_of, minlength=num_experts).tolist()):
+        if count:
+            yield expert, token_of[start : start + count], weight_of[start : start + count]
+        start += count
 
 
 class Head:
@@ -346,7 +356,10 @@ class Mixtral:
         watched = _Watched(reader, progress) if progress else reader
         embedding = Embedding.load(watched, where, dtype)
         layers = [Layer.load(watched, index, where, dtype) for index in range(reader.config.num_layers)]
-        return cls(embedding, layers, Head.load(watched, where, dtype))
+        head = Head.load(watched, where, dtype)
+        if progress:
+            progress.finish()
+        return cls(embedding, layers, head)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, observer: Observer | None = None) -> Tensor:
         """ids [B, T] -> [B, T, D] after the last layer, before the final norm. Continues after what `cache` holds.
@@ -373,15 +386,14 @@ class Mixtral:
 
 
 class _Watched:
-    """A reader that tells how far it is."""
+    """A reader that tells what was read of it."""
 
     def __init__(self, reader: Reader, progress: Progress) -> None:
         self.config, self.slots, self.spec = reader.config, reader.slots, reader.spec
         self._read, self._progress = reader.read, progress
-        self._done, self._total = 0, sum(budget.stored_bytes(reader, slot) for slot in reader.slots())
+        progress.start("loading", sum(budget.stored_bytes(reader, slot) for slot in reader.slots()))
 
     def read(self, slot: Slot) -> Tensor:
         tensor = self._read(slot)
-        self._done += tensor.nbytes
-        self._progress(self._done, self._total)
+        self._progress.advance(tensor.nbytes)
         return tensor

@@ -75,22 +75,11 @@ def generate(
 def _load(checkpoint: Checkpoint, dtype: str, device: str, limit: int | None, screen: base.Screen) -> Mixtral:
     from ..model import Mixtral
 
-    progress = screen.progress()
-    said = 0
-
-    def watch(done: int, total: int) -> None:
-        nonlocal said
-        if not said:
-            progress.start("loading", total)
-        progress.advance(done - said)
-        said = done
-
     where = base.find_device(device)
     if limit is None and where.type == "cpu":
         limit = base.available_memory()
-    model = Mixtral.load(checkpoint, where, _dtype(checkpoint, dtype), max_memory=limit, progress=watch)
+    model = Mixtral.load(checkpoint, where, _dtype(checkpoint, dtype), max_memory=limit, progress=screen.progress())
     checkpoint.finish()
-    progress.finish()
     return model
 
 
