@@ -8,6 +8,7 @@
     │   ├── ConfigError           3  params.json or config.json
     │   ├── FormatError           3  a file's structure: zip, pickle, header, offsets
     │   ├── TensorError           3  one tensor: its shape, dtype, or NaN/Inf in it
+    │   │   └── SpectrumError     3  a matrix that has no spectrum to speak of
     │   ├── ChecksumError         3  bytes that differ from their stored checksum
     │   └── TokenizerError        3  tokenizer.model or tokenizer.json
     ├── CheckFailed               4  a gate of `mixtools check`
@@ -88,6 +89,10 @@ class FormatError(InputError):
 
 
 class TensorError(InputError):
+    pass
+
+
+class SpectrumError(TensorError):
     pass
 
 
