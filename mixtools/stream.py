@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,7 @@ class Stream:
         self.reader, self.config, self.device, self.dtype = reader, reader.config, torch.device(device), dtype
         self.max_memory, self.progress = max_memory, progress or Silent()
         self.spill = spill or Path(tempfile.gettempdir())
+        self.reserved = 0  # bytes of max_memory that the caller has given away
         self.remarks: list[str] = []  # what the last run gave up to stay within the memory allowed
         self._spans: dict[int, Span] = {}
 
@@ -85,6 +86,7 @@ class Stream:
         even one layer at a time does not fit.
         """
         needs = _Needs.of(self.reader, self.device, self.dtype)
+        held += self.reserved
         longest, tokens = max(lengths, default=0), sum(lengths)
         states = copies * tokens * self.config.hidden_size * self.dtype.itemsize
         target = max(longest, min(tokens, PASS_TOKENS.get(self.device.type, PASS_TOKENS_ACCELERATOR)))
@@ -120,12 +122,12 @@ class Stream:
         """
         return self.run(self.embed(sequences), stop=stop, observer=observer)
 
-    def embed(self, sequences: Sequence[Tensor]) -> States:
-        """ids, [T] each -> the states before layer 0. Raises as `hidden` does."""
+    def embed(self, sequences: Sequence[Tensor], *, spilled: bool = False) -> States:
+        """ids, [T] each -> the states before layer 0, in a file if they do not fit or if asked. Raises as `hidden`."""
         lengths = [len(ids) for ids in sequences]
         plan = self.plan(lengths)
         check_ids(sequences, self.config)
-        states = self._states(lengths, plan)
+        states = self._states(lengths, replace(plan, spilled=spilled or plan.spilled))
         embedding = Embedding.load(self.reader, self.device, self.dtype)
         for start, ids in zip(states.starts, sequences, strict=False):
             states.write(start, embedding(ids.to(self.device)))
@@ -202,17 +204,18 @@ class Stream:
             self.progress.advance(end - start)
 
     def logits(
-        self, states: States, rows: Tensor | None = None, *, head: Head | None = None
+        self, states: States, rows: Tensor | None = None, *, head: Head | None = None, chunk: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """(n, logits [r, V] fp32) chunk by chunk: of the tokens rows[n : n + r], indices into all sequences joined.
 
-        `rows` [R], ascending; None takes every token. `head`: one that is loaded already.
+        `rows` [R], ascending; None takes every token. `head`: one that is loaded already. `chunk` rows at once; None
+        takes as many as fit.
         """
         rows = torch.arange(states.tokens) if rows is None else rows
-        plan = self.plan(states.lengths, copies=0, held=states.memory_bytes)
+        chunk = chunk or self.plan(states.lengths, copies=0, held=states.memory_bytes).logit_rows
         head = head or Head.load(self.reader, self.device, self.dtype)
-        for start in range(0, len(rows), plan.logit_rows):
-            yield start, head(states.select(rows[start : start + plan.logit_rows]).to(self.device))
+        for start in range(0, len(rows), chunk):
+            yield start, head(states.select(rows[start : start + chunk]).to(self.device))
 
     def _span(self, length: int) -> Span:
         if length not in self._spans:
