@@ -64,9 +64,9 @@ def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         result: Any = command.main(args=arguments, prog_name="mixtools", standalone_mode=False)
+        if result == Interrupted.exit_code:  # typer turns a KeyboardInterrupt into this number, silently
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
-    except typer.Exit as exit_:
-        return exit_.exit_code
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
