@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import budget
+from . import budget, host
 from .config import MixtralConfig
 from .errors import TensorError
 from .layouts.reader import Reader
@@ -140,7 +140,7 @@ class Embedding:
     """ids -> hidden states."""
 
     def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.table = torch.empty(config.shape(Role.EMBED), device=device, dtype=dtype)  # [V, D]
+        self.table = host.empty(config.shape(Role.EMBED), device, dtype)  # [V, D]
 
     @classmethod
     def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Embedding:
@@ -161,12 +161,12 @@ class Layer:
         self.config, self.index = config, index
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of q, k, v
         self.attention_norm = torch.empty(d, device=device, dtype=dtype)
-        self.qkv = torch.empty(sum(self.heads) * hd, d, device=device, dtype=dtype)  # rows of q, then k, then v
-        self.o = torch.empty(d, config.num_heads * hd, device=device, dtype=dtype)
+        self.qkv = host.empty((sum(self.heads) * hd, d), device, dtype)  # rows of q, then k, then v
+        self.o = host.empty((d, config.num_heads * hd), device, dtype)
         self.ffn_norm = torch.empty(d, device=device, dtype=dtype)
         self.router = torch.empty(e, d, device=device, dtype=torch.float32)  # a near tie picks another expert
-        self.gate_up = torch.empty(e, 2 * f, d, device=device, dtype=dtype)  # rows of w1, then w3
-        self.down = torch.empty(e, d, f, device=device, dtype=dtype)
+        self.gate_up = host.empty((e, 2 * f, d), device, dtype)  # rows of w1, then w3
+        self.down = host.empty((e, d, f), device, dtype)
 
     @classmethod
     def load(cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -273,7 +273,7 @@ class Head:
     def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
         self.norm = torch.empty(config.shape(Role.NORM), device=device, dtype=dtype)  # [D]
-        self.matrix = torch.empty(config.shape(Role.HEAD), device=device, dtype=dtype)  # [V, D]
+        self.matrix = host.empty(config.shape(Role.HEAD), device, dtype)  # [V, D]
 
     @classmethod
     def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Head:
@@ -291,10 +291,11 @@ class Head:
         if self.matrix.dtype == torch.float32:
             return F.linear(wide, self.matrix)
         # a product in bf16 would round logits of 20 to steps of 1/8: top-1 becomes a matter of ties
-        logits = torch.empty(*x.shape[:-1], len(self.matrix), device=x.device)
-        for start in range(0, len(self.matrix), HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            logits[..., rows] = F.linear(wide, self.matrix[rows].float())
+        logits = host.empty((*x.shape[:-1], len(self.matrix)), x.device, torch.float32)
+        with host.bf16_products(self.matrix):
+            for start in range(0, len(self.matrix), HEAD_ROWS):
+                rows = self.matrix[start : start + HEAD_ROWS]
+                logits[..., start : start + HEAD_ROWS] = F.linear(wide, rows.float())
         return logits
 
     def chunks(self, x: Tensor, rows: int = 256) -> Iterator[tuple[int, Tensor]]:

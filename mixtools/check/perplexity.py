@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import InputError, TensorError, UsageError
 from ..stream import Stream, peak_memory_bytes
 
+_ROWS = 64
 DEFAULT_CTX = {"gptq": 2048, "llamacpp": 512, "hf": 2048}
 
 
@@ -186,4 +187,6 @@ def measure(stream: Stream, windows: Windows) -> Perplexity:
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """-ln p of targets [n] under logits [n, V] fp32."""
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    # a few rows at a time: what a sum makes on its way stays in the cache
+    total = torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)])
+    return total - logits.gather(-1, targets[:, None])[:, 0]
