@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,9 +78,18 @@ class Checkpoint:
         signed = self.bits(slot).view(f"i{spec.dtype.itemsize}")
         return torch.from_numpy(signed).view(spec.dtype.torch()).reshape(spec.shape)
 
-    def finish(self) -> None:
-        """Judge the checksums that need bytes which no slot covered."""
-        self.store.finish()
+    def finish(self, earlier: Iterable[Slot] = ()) -> None:
+        """Judge the checksums that need bytes which no slot covered, or which an earlier run read.
+
+        `earlier`: slots that were read then. One that has a record to itself was judged then; a part of a
+        stacked tensor, or a view of a larger storage, was not.
+        """
+        self.store.finish(self.piece(slot).name for slot in earlier if not self._fills_record(slot))
+
+    def _fills_record(self, slot: Slot) -> bool:
+        entry = self.entry(slot)
+        size = math.prod(self.config.shape(slot.role)) * entry.dtype.itemsize
+        return entry.record is None or entry.record.size == size
 
     def bytes_by_dtype(self) -> dict[DType, int]:
         counts: Counter[DType] = Counter()

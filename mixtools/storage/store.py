@@ -82,8 +82,15 @@ class Store:
         self._read_checked(entry, entry.offset + start * entry.row_bytes, view)
         return array
 
-    def finish(self) -> None:
-        """Read what no tensor covered of each half-read record, so that its checksum can be judged."""
+    def finish(self, also: Iterable[str] = ()) -> None:
+        """Read what no tensor covered of each half-read record, so that its checksum can be judged.
+
+        `also`: tensors whose records are judged even if nothing of them was read here, because an earlier run
+        read them in part.
+        """
+        for name in also:
+            if (record := self.entries[name].record) is not None:
+                self._ledgers.setdefault(_key(self.entries[name]), Ledger(record.size))
         buffer = memoryview(bytearray(CHUNK))
         for entry in self.entries.values():
             if entry.record is None or (ledger := self._ledgers.get(_key(entry))) is None:
@@ -100,7 +107,8 @@ class Store:
         self._read_checked(entry, entry.offset, as_bytes(span))
         strides = tuple(s * bits.itemsize for s in entry.strides)
         view = np.lib.stride_tricks.as_strided(span, entry.shape, strides, writeable=False)
-        return np.ascontiguousarray(view).reshape(entry.rows, -1)
+        whole: Bits = view.copy().reshape(entry.rows, entry.row_bytes // bits.itemsize)
+        return whole
 
     def _read_checked(self, entry: Entry, offset: int, view: memoryview) -> None:
         record = entry.record
@@ -122,7 +130,7 @@ class Store:
             found = crc if stop - start == record.size else ledger.total()
             if found is None:
                 return
-            self._ledgers[key] = Ledger(record.size)  # judged; a second reading is judged anew
+            self._ledgers.pop(key, None)  # judged; a second reading is judged anew
         if found != record.crc:
             raise ChecksumError(
                 f"stored checksum {record.crc:08x}, read {found:08x}; the file is damaged, fetch it again",
