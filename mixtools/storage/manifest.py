@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ChecksumError, FormatError
+from ..errors import ChecksumError, FormatError, InputError
 from .store import Entry, Record
 
 NAME = "mixtools.json"
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20
 
 
 def encode(origin: Mapping[str, Any], files: Mapping[str, int], tensors: Mapping[str, int]) -> bytes:
@@ -25,18 +25,24 @@ def encode(origin: Mapping[str, Any], files: Mapping[str, int], tensors: Mapping
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, None without one. Raises FormatError if it is not one of ours."""
+    """The manifest of a folder, its checksums as numbers; None without one.
+
+    Raises FormatError if it is not one of ours, InputError if it cannot be read.
+    """
     path = folder / NAME
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise FormatError(f"is larger than {MAX_BYTES} bytes", file=path)
+        if not path.exists():
+            return None
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise FormatError(f"is no file of at most {MAX_BYTES} bytes", file=path)
         document = json.loads(path.read_text("utf-8"))
-        if not isinstance(document["files"], dict) or not isinstance(document["crc32"], dict):
-            raise KeyError("files, crc32")
+        if not isinstance(document["files"], dict):
+            raise TypeError("files is no object")
+        document["crc32"] = {name: int(crc, 16) for name, crc in document["crc32"].items()}
         return dict(document)
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"is not a manifest of mixtools ({error}); delete it to read on without", file=path) from None
 
 
@@ -57,7 +63,7 @@ def with_checksums(folder: Path, entries: Iterable[Entry]) -> list[Entry]:
                 file=entry.source.label, expected=f"{size} bytes", found=entry.source.size,
             )  # fmt: skip
         if size is not None and crc is not None and entry.record is None:
-            found.append(replace(entry, record=Record(entry.offset, entry.nbytes, int(crc, 16))))
+            found.append(replace(entry, record=Record(entry.offset, entry.nbytes, crc)))
         else:
             found.append(entry)
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import FormatError, UnsafeError
@@ -89,7 +89,7 @@ class _Machine:
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
         if name in _PUSHES:
-            stack.append(argument)
+            stack.append(self._short(argument))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in ("BINGET", "LONG_BINGET"):
@@ -101,13 +101,14 @@ class _Machine:
         elif name == "MARK":
             stack.append(_MARK)
         elif name in _TUPLES:
-            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+            stack.append(tuple([stack.pop() for _ in range(_TUPLES[name])][::-1]))
         elif name == "TUPLE":
             stack.append(tuple(self._to_mark()))
         elif name == "GLOBAL":
             stack.append(self._global(argument))
         elif name == "STACK_GLOBAL":
-            stack[-2:] = [self._global(f"{stack[-2]} {stack[-1]}")]
+            attribute, module = self._expect(stack.pop(), str), self._expect(stack.pop(), str)
+            stack.append(self._global(f"{module} {attribute}"))
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         elif name not in ("PROTO", "FRAME"):
@@ -121,7 +122,7 @@ class _Machine:
             stack.append(self._call(function, arguments))
         elif name in ("SETITEM", "SETITEMS"):
             items = self._to_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            self._expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            self._fill(self._expect(stack[-1], dict), list(zip(items[::2], items[1::2], strict=True)))
         elif name in ("APPEND", "APPENDS"):
             values = self._to_mark() if name == "APPENDS" else [stack.pop()]
             self._expect(stack[-1], list).extend(values)
@@ -132,10 +133,23 @@ class _Machine:
             raise UnsafeError(f"its pickle uses {name}, which no checkpoint needs; not loaded", file=self.file)
 
     def _to_mark(self) -> list[Any]:
-        at = max(i for i, value in enumerate(self.stack) if value is _MARK)
-        values = self.stack[at + 1 :]
-        del self.stack[at:]
-        return values
+        values = []
+        while (value := self.stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
+
+    def _fill(self, target: dict[Any, Any], items: Iterable[Sequence[Any]]) -> None:
+        for key, value in items:
+            if not isinstance(key, str):  # anything else can be made to take for ever to hash
+                raise ValueError(f"a {type(key).__name__} as a key")
+            if key in target:
+                raise FormatError("stands twice in the pickle", file=self.file, tensor=key)
+            target[key] = value
+
+    def _short(self, argument: str | float) -> str | float:
+        if isinstance(argument, int) and not -(1 << 63) <= argument < 1 << 63:
+            raise ValueError("a number of more than 64 bits")  # to multiply or print a huge one takes hours
+        return argument
 
     def _expect(self, value: Any, kind: type) -> Any:
         if not isinstance(value, kind):
@@ -149,23 +163,29 @@ class _Machine:
         raise UnsafeError(f"its pickle asks for {module}.{attribute}; not loaded", file=self.file)
 
     def _storage(self, identity: Any) -> StorageRef:
-        kind, storage, key, _device, numel = identity
+        kind, storage, key, _device, numel = self._expect(identity, tuple)
         if kind != "storage" or not isinstance(storage, _Global) or not storage.name.startswith("torch "):
-            raise ValueError(f"persistent id {identity!r} is no storage")
+            raise ValueError("a persistent id is no storage")
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
-            raise ValueError(f"persistent id {identity!r} has no key and size")
+            raise ValueError("a storage has no key and size")
         return StorageRef(STORAGES[storage.name.split()[1]], key, numel)
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        if function == _Global(_ORDERED_DICT):
-            return OrderedDict(*arguments)
-        if function == _Global(_REBUILD):
-            storage, offset, shape, strides = arguments[:4]
-            numbers = (offset, *shape, *strides)
-            if not isinstance(storage, StorageRef) or not all(type(n) is int for n in numbers):
-                raise ValueError("a tensor is not made of a storage, an offset, a shape and strides")
-            return TensorRef(storage, offset, tuple(shape), tuple(strides))
-        raise UnsafeError(f"its pickle calls {function!r}; not loaded", file=self.file)
+        # never repr() a value here: a small pickle describes one whose text fills any memory
+        if not isinstance(function, _Global) or function.name not in (_ORDERED_DICT, _REBUILD):
+            what = function.name if isinstance(function, _Global) else f"a {type(function).__name__}"
+            raise UnsafeError(f"its pickle calls {what}; not loaded", file=self.file)
+        self._expect(arguments, tuple)
+        if function.name == _ORDERED_DICT:
+            found: OrderedDict[Any, Any] = OrderedDict()
+            for pairs in arguments:
+                self._fill(found, self._expect(pairs, list))
+            return found
+        storage, offset, shape, strides = arguments[:4]
+        numbers = (offset, *self._expect(shape, tuple), *self._expect(strides, tuple))
+        if not isinstance(storage, StorageRef) or not all(type(n) is int for n in numbers):
+            raise ValueError("a tensor is not made of a storage, an offset, a shape and strides")
+        return TensorRef(storage, offset, shape, strides)
 
 
 def dump(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,8 @@ from .source import Source
 from .store import Entry
 
 MAX_HEADER = 100_000_000
+_MAX_VALUES = 4_000_000  # in a header: 20 times 8x22B's; each costs up to 200 bytes of memory
+_MAX_DIMENSIONS = 64  # torch's own limit
 _DTYPES = {dtype.value: dtype for dtype in DType}
 
 
@@ -55,6 +58,8 @@ def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> byte
 def _parse(raw: bytes, source: Source) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise FormatError("header does not start with '{'", file=source.label)
+    if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise FormatError(f"header holds more than {_MAX_VALUES} values, which no model needs", file=source.label)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -79,13 +84,15 @@ def _entry(name: str, info: Any, start: int, source: Source) -> Entry:
 
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("header entry has not exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = _DTYPES.get(str(info["dtype"])), info["shape"], info["data_offsets"]
-    if dtype is None:
-        raise refuse(f"dtype {info['dtype']!r} is not one of {', '.join(_DTYPES)}")
-    if not _whole_numbers(shape):
-        raise refuse(f"shape {shape!r} is not a list of whole numbers")
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise refuse("a name that is not Unicode")
+    kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(kind, str) or (dtype := _DTYPES.get(kind)) is None:
+        raise refuse(f"dtype {reprlib.repr(kind)} is not one of {', '.join(_DTYPES)}")
+    if not _whole_numbers(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise refuse(f"shape {reprlib.repr(shape)} is not a list of whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2:
-        raise refuse(f"data_offsets {offsets!r} are not two whole numbers")
+        raise refuse(f"data_offsets {reprlib.repr(offsets)} are not two whole numbers")
     entry = Entry(name, dtype, tuple(shape), source, start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise FormatError(
@@ -96,7 +103,7 @@ def _entry(name: str, info: Any, start: int, source: Source) -> Entry:
 
 
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _cover(entries: list[Entry], start: int, source: Source) -> list[Entry]:

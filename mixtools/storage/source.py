@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +21,14 @@ class Source:
         self._files: list[int] = []
         self._starts = [0]  # of each part in the concatenation, and the end
         for path in self.paths:
-            try:
-                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            try:  # without O_NONBLOCK a named pipe would wait for ever
+                self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             except OSError as error:
                 raise InputError(f"cannot be opened ({error.strerror})", file=path) from None
-            self._starts.append(self._starts[-1] + os.fstat(self._files[-1]).st_size)
+            status = os.fstat(self._files[-1])
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError("is not a regular file", file=path)
+            self._starts.append(self._starts[-1] + status.st_size)
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ along to the Store, which checks it while reading.
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR64 = struct.Struct("<4sLQL")
 FULL, FULL_SHORT = 0xFFFFFFFF, 0xFFFF  # "look into the Zip64 field"
 ALIGNMENT = 64
-_MAX_DIRECTORY = 64 << 20
-_MAX_PICKLE = 64 << 20
+_MAX_DIRECTORY = 8 << 20  # 8x22B needs 0.3 MB of each; what is larger only costs memory and time
+_MAX_PICKLE = 4 << 20
+_MAX_EXPANDED = 64 << 20  # bytes of a tensor that repeats elements of its storage (stride 0)
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # first pickle of torch.save before 1.6
 
 
@@ -45,9 +47,10 @@ def read_header(source: Source) -> list[Entry]:
     ChecksumError later, when a storage is read.
     """
     members = read_directory(source)
-    pickle_name = next((name for name in members if name == "data.pkl" or name.endswith("/data.pkl")), None)
-    if pickle_name is None:
-        raise FormatError("is a zip, but holds no data.pkl", file=source.label)
+    pickle_names = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickle_names) != 1:
+        raise FormatError(f"is a zip, but holds {len(pickle_names) or 'no'} data.pkl", file=source.label)
+    pickle_name = pickle_names[0]
     root = pickle_name.removesuffix("data.pkl")
     _expect_little_endian(source, members.get(root + "byteorder"))
     state = pickles.load(_checked(source, members[pickle_name], _MAX_PICKLE), source.label)
@@ -75,6 +78,8 @@ def read_directory(source: Source) -> dict[str, Member]:
             members[member.name] = member
     except (struct.error, UnicodeDecodeError, IndexError):
         raise FormatError("zip directory is malformed", file=source.label) from None
+    if at != size:
+        raise FormatError("zip directory is malformed", file=source.label)
     _expect_disjoint(members.values(), source)
     return members
 
@@ -86,7 +91,9 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
         raise _not_a_zip(source)
-    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
+    _, _, _, _, count, size, offset, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail):
+        raise FormatError("has bytes behind the end of the zip", file=source.label)
     locator = tail_start + at - LOCATOR64.size
     if (count == FULL_SHORT or FULL in (size, offset)) and locator >= 0:
         magic, _, where, _ = LOCATOR64.unpack(source.read(locator, LOCATOR64.size))
@@ -190,6 +197,8 @@ def _entry(name: str, tensor: object, root: str, members: dict[str, Member], sou
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.numel:
         raise refuse(f"reaches element {last} of a storage of {storage.numel}")
+    if math.prod(shape) * size > max(member.size, _MAX_EXPANDED):
+        raise refuse(f"strides {strides} blow {member.size} bytes up to shape {shape}")
     record = Record(member.offset, member.size, member.crc)
     contiguous = _contiguous(shape, strides)
     where = member.offset + offset * size
