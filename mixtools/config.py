@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ _KEYS: dict[str, tuple[str, str]] = {
     "rope_theta": ("rope_theta", "rope_theta"),
     "max_position_embeddings": ("max_seq_len", "max_position_embeddings"),
 }
-_FLOATS = ("rms_norm_eps", "rope_theta")
 _LARGEST = 1 << 24  # no dimension of any Mixtral comes near; keeps nonsense out of the arithmetic
+_FLOATS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e12)}  # the range that makes sense, ends excluded
 _MOST_EXPERTS = 1 << 16  # in all layers together
 
 
@@ -112,19 +113,29 @@ def from_document(document: Mapping[str, Any], file: str | Path) -> MixtralConfi
     if not isinstance(document, Mapping):
         raise ConfigError("is not a JSON object", file=file)
     _refuse_other_models(document, file)
-    flat = {**document, **_section(document, "moe", file), **_rope(document, file)}
+    flat: dict[str, Any] = dict(document)
+    for section in (_section(document, "moe", file), *_rope(document, file)):
+        for key, value in section.items():
+            if flat.get(key) is not None and value is not None and flat[key] != value:
+                raise ConfigError(f"two values of {key} contradict each other", file=file)
+            flat[key] = value if value is not None else flat.get(key)
     values: dict[str, int | float] = {}
     for field, keys in _KEYS.items():
         found = {key: flat[key] for key in keys if flat.get(key) is not None}
-        if len(set(map(repr, found.values()))) > 1:
-            raise ConfigError(f"keys contradict each other: {found}", file=file)
-        for key, value in found.items():
-            values[field] = _number(value, field in _FLOATS, key, file)
+        numbers = {key: _number(value, _FLOATS.get(field), key, file) for key, value in found.items()}
+        if len(set(numbers.values())) > 1:
+            raise ConfigError(f"keys contradict each other: {numbers}", file=file)
+        for number in numbers.values():
+            values[field] = number
     values.setdefault("rope_theta", DEFAULT_ROPE_THETA)
     values.setdefault("rms_norm_eps", 1e-5)
     values.setdefault("num_kv_heads", values.get("num_heads", 0))
-    if values.get("num_heads") and values.get("hidden_size"):
-        values.setdefault("head_dim", int(values["hidden_size"]) // int(values["num_heads"]))
+    if "head_dim" not in values and "num_heads" in values and "hidden_size" in values:
+        head_dim, rest = divmod(int(values["hidden_size"]), int(values["num_heads"]))
+        if rest:
+            why = f"lacks head_dim, and {values['num_heads']} heads do not divide {values['hidden_size']}"
+            raise ConfigError(why, file=file)
+        values["head_dim"] = head_dim
     # 8x22B was trained on 65,536 positions, 8x7B on 32,768; params.json says neither
     values.setdefault("max_position_embeddings", 65536 if values.get("hidden_size") == 6144 else 32768)
     missing = [" or ".join(dict.fromkeys(keys)) for field, keys in _KEYS.items() if field not in values]
@@ -140,47 +151,56 @@ def load_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> Any:
     try:
         if path.stat().st_size > limit:
             raise ConfigError(f"is larger than {limit} bytes; not what its name says", file=path)
-        return json.loads(path.read_text("utf-8"))
+        if not path.is_file():
+            raise ConfigError("is not a regular file", file=path)
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid JSON ({error})", file=path) from None
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", file=path) from None
 
 
-def _number(value: Any, is_float: bool, key: str, file: str | Path) -> int | float:
-    allowed = (int, float) if is_float else (int,)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"two values of {reprlib.repr(key)}")
+    return found
+
+
+def _number(value: Any, limits: tuple[float, float] | None, key: str, file: str | Path) -> int | float:
+    allowed = (int, float) if limits else (int,)
     if isinstance(value, bool) or not isinstance(value, allowed):
-        raise ConfigError(f"{key} is {value!r}, not {'a number' if is_float else 'an integer'}", file=file)
-    if not 0 < value < (math.inf if is_float else _LARGEST):
-        raise ConfigError(f"{key} is {value!r}, which no model has", file=file)
-    return float(value) if is_float else value
+        wanted = "a number" if limits else "an integer"
+        raise ConfigError(f"{key} is {reprlib.repr(value)}, not {wanted}", file=file)
+    low, high = limits or (0, _LARGEST)
+    if not low < value < high:
+        raise ConfigError(f"{key} is {reprlib.repr(value)}, which no model has", file=file)
+    return float(value) if limits else value
 
 
 def _section(document: Mapping[str, Any], key: str, file: str | Path) -> Mapping[str, Any]:
     section = document.get(key) or {}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{key} is {section!r}, not an object", file=file)
+        raise ConfigError(f"{key} is {reprlib.repr(section)}, not an object", file=file)
     return section
 
 
-def _rope(document: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
+def _rope(document: Mapping[str, Any], file: str | Path) -> Iterator[Mapping[str, Any]]:
     """transformers 5 nests rope_theta in rope_parameters; scaled variants are no Mixtral of ours."""
-    found = {}
     for key in ("rope_parameters", "rope_scaling"):
         section = _section(document, key, file)
         kind = section.get("rope_type", section.get("type", "default"))
         if kind != "default":
-            raise ConfigError(f"{key} asks for {kind!r}, which no Mixtral uses", file=file)
-        if "rope_theta" in section:
-            found["rope_theta"] = section["rope_theta"]
-    return found
+            raise ConfigError(f"{key} asks for {reprlib.repr(kind)}, which no Mixtral uses", file=file)
+        yield {"rope_theta": section.get("rope_theta")}
 
 
 def _refuse_other_models(document: Mapping[str, Any], file: str | Path) -> None:
     expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False}
     for key, value in expected.items():
         if document.get(key, value) != value:
-            raise ConfigError(f"{key} is {document[key]!r}; a Mixtral has {value!r}", file=file)
+            raise ConfigError(f"{key} is {reprlib.repr(document[key])}; a Mixtral has {value!r}", file=file)
 
 
 def _check_together(config: MixtralConfig, file: str | Path) -> None:

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_LONGEST_NAME, _LONGEST_LINE = 200, 2000  # names and values come from files, which may be hostile
+
 
 class MixtoolsError(Exception):
     """Root of the tree; `str()` is one line that a user can act on."""
@@ -52,16 +54,26 @@ class MixtoolsError(Exception):
         self.found = found
 
     def __str__(self) -> str:
-        place = ": ".join(filter(None, (self.file, self.tensor and f"tensor {self.tensor}")))
+        tensor = self.tensor and f"tensor {_one_line(self.tensor, _LONGEST_NAME)}"
+        place = ": ".join(filter(None, (self.file, tensor)))
         text = f"{place}: {self.message}" if place else self.message
         if self.expected is not None and self.found is not None:
             text += f": expected {self.expected}, found {self.found}"
-        return text
+        return _one_line(text, _LONGEST_LINE)
 
     def document(self) -> dict[str, dict[str, str | None]]:
         """What a script sees with --json (CLI.md)."""
         fields = {"type": type(self).__name__, "message": str(self)}
         return {"error": {**fields, "file": self.file, "tensor": self.tensor}}
+
+
+def _one_line(text: str, limit: int) -> str:
+    """Cut to `limit` characters, with line breaks and what would steer a terminal escaped."""
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(MixtoolsError):

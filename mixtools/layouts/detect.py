@@ -18,7 +18,7 @@ from .hf import HF, HF_BIN, HF_FUSED
 from .table import Layout
 from .torrent import CONSOLIDATED, SPLIT, STACKED, TORRENT
 
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 16 << 20  # 8x22B needs 0.2 MB
 
 
 class Family(NamedTuple):
@@ -66,12 +66,16 @@ def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
         raise ConfigError(f"is missing beside {names[0]}; without it the shapes are unknown", file=config_path)
     document = load_json(config_path)
     if isinstance(document, dict) and document.get("quantization_config"):
-        method = dict(document["quantization_config"]).get("quant_method", "an unknown method")
+        details = document["quantization_config"]
+        method = details.get("quant_method") if isinstance(details, dict) else None
+        method = method if isinstance(method, str) else "an unknown method"
         raise LayoutError(f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=folder)
     config = from_document(document, config_path)
     weight_map = _read_index(folder, family)
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
+    elif any("-of-" in name for name in names):
+        _expect_all_shards(folder, names)
     sources = _open(folder, family, names)
     entries = by_name(manifest.with_checksums(folder, _collect(family, sources)))
     problems = _index_problems(folder, family, weight_map, entries)
@@ -125,17 +129,25 @@ def _read_index(folder: Path, family: Family) -> dict[str, str] | None:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError("has no weight_map of tensor names to file names", file=path)
-    for tensor, name in weight_map.items():
-        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+    for name, tensor in {name: tensor for tensor, name in weight_map.items()}.items():
+        if not _is_base_name(name):
             raise UnsafeError(f"names the file {name!r}, which is not in its folder; refused", file=path, tensor=tensor)
-        if not _stays_inside(folder, folder / name):
+        if not stays_inside(folder, folder / name):
             raise UnsafeError(f"names {name!r}, a link that leaves the folder; refused", file=path, tensor=tensor)
         if not (folder / name).is_file():
             raise LayoutError(f"shard {name}, named by the index, is missing", file=folder / name, tensor=tensor)
     return weight_map
 
 
-def _stays_inside(folder: Path, path: Path) -> bool:
+def _is_base_name(name: str) -> bool:
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return name == Path(name).name and name not in ("", ".", "..") and len(raw) < 256 and not {*raw} & {*b"\\\0"}
+
+
+def stays_inside(folder: Path, path: Path) -> bool:
     """No link out of the folder, except into the blobs of huggingface-hub's own cache."""
     roots = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
@@ -150,8 +162,6 @@ def _open(folder: Path, family: Family, names: list[str]) -> list[Source]:
             missing = next(n for n in range(len(numbers)) if n not in numbers)
             raise LayoutError("a part is missing", file=folder / f"consolidated.00.pth-split{missing}")
         return [Source([folder / name for name in names])]
-    if any("-of-" in name for name in names):
-        _expect_all_shards(folder, names)
     return [Source(folder / name) for name in names]
 
 
