@@ -15,12 +15,14 @@ import numpy as np
 
 from . import __version__
 from .config import MixtralConfig
-from .errors import Interrupted, TensorError, UsageError
+from .errors import FormatError, InputError, Interrupted, TensorError, UnsafeError, UsageError
 from .layouts.checkpoint import Checkpoint
+from .layouts.detect import stays_inside
 from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Slot
+from .pieces import read_model, read_pieces
 from .progress import Progress, Silent
 from .storage import manifest, plan
 from .storage.dtypes import DType
@@ -29,6 +31,7 @@ from .storage.store import CHUNK, Bits
 
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 TOKENIZER = "tokenizer.model"
+MAX_DOCUMENT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Run:
     resume: bool = True
     jobs: int = 2
     progress: Progress = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UsageError(f"{self.jobs} jobs do no work; at least one does")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def plan_hf(source: Checkpoint, options: Options) -> Job:
     tensors = _tensors(source, HF, options)
     target = plan_for(HF, tensors, options.max_shard_bytes)
     documents, missing = _hf_documents(source)
-    dtypes = {dtype for _, dtype, _ in tensors}
+    dtypes = dict.fromkeys(dtype for _, dtype, _ in tensors)  # in order: a tie is not left to the order of a set
     torch_dtype = max(dtypes, key=lambda dtype: sum(math.prod(s) for _, d, s in tensors if d is dtype)).torch_name
     config = _json(source.config.to_hf(torch_dtype))
     return Job(source, HF, options, target, documents, {"config.json": config}, missing)
@@ -88,7 +95,7 @@ def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> 
     layout = CONSOLIDATED if safetensors else TORRENT
     target = plan_for(layout, _tensors(source, layout, options), options.max_shard_bytes)
     model = source.folder / TOKENIZER
-    documents = {TOKENIZER: model.read_bytes()} if model.is_file() else {}
+    documents = {TOKENIZER: _tokenizer(model)} if model.is_file() else {}
     last = {"params.json": _json(source.config.to_params())}
     return Job(source, layout, options, target, documents, last, () if documents else (TOKENIZER,))
 
@@ -126,8 +133,9 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
         how.progress.start("converting", total)
         how.progress.advance(output.done_bytes)
         resumed = output.done_bytes
+        earlier = [slot for slot in job.source.slots() if _region(job, slot) in output.done]
         _transfer(job, output, how)
-        job.source.finish()
+        job.source.finish(earlier)
         how.progress.finish()
         origin = {
             "mixtools": __version__,
@@ -181,6 +189,10 @@ def write_slots(
             raise error  # the cause, not what it interrupted in the other threads
 
 
+def _region(job: Job, slot: Slot) -> Region:
+    return region_of(job.layout, slot, job.source.config, job.plan)
+
+
 def region_of(layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan) -> Region:
     """Where a slot's bytes go in the output."""
     piece = layout.piece(slot, config)
@@ -213,7 +225,8 @@ def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
     overflow = after.isinf() & before.isfinite()
     if overflow.any():
         value = before[overflow][0].item()
-        raise TensorError(f"{value:g} does not fit {target.torch_name}; use bf16 or f32", tensor=slot)
+        wider = "bf16 or f32" if target is DType.F16 else "f32"
+        raise TensorError(f"{value:g} does not fit {target.torch_name}; use {wider}", tensor=slot)
     signed: Bits = after.view(getattr(torch, f"int{8 * target.itemsize}")).numpy()
     return signed.view(np.dtype(f"u{target.itemsize}"))
 
@@ -249,8 +262,27 @@ def _hf_documents(source: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]
     if model.is_file():
         return {**documents, **hf_files(model)}, ()
     kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    found = {name: (source.folder / name).read_bytes() for name in kept if (source.folder / name).is_file()}
+    found = {name: _document(source.folder, name) for name in kept if (source.folder / name).is_file()}
     return {**documents, **found}, () if "tokenizer.json" in found else (TOKENIZER,)
+
+
+def _tokenizer(model: Path) -> bytes:
+    """Its bytes, once they are known to be a tokenizer: a link to some other file must not be published."""
+    data = read_model(model)
+    read_pieces(data, model)
+    return data
+
+
+def _document(folder: Path, name: str) -> bytes:
+    path = folder / name
+    if not stays_inside(folder, path):
+        raise UnsafeError("is a link that leaves the folder; not copied", file=path)
+    try:
+        if (size := path.stat().st_size) > MAX_DOCUMENT:
+            raise FormatError("is too large to be copied", file=path, expected=f"<= {MAX_DOCUMENT} bytes", found=size)
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
 
 
 def _expect_elsewhere(source: Path, folder: Path) -> None:

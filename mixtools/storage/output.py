@@ -59,13 +59,15 @@ class Output:
         self._mutex = threading.Lock()
         self._unflushed: dict[str, int] = {}
         self._committing = False
-        _expect_free(folder, overwrite, self.work)
         with _DiskErrors(folder):
+            _expect_free(folder, overwrite, self.work)
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.work / LOCK, folder)
         self._files: dict[str, int] = {}
         try:
-            self._begin({"plan": _digest(plan), **key}, overwrite, resume)
+            with _DiskErrors(folder):
+                _expect_free(folder, overwrite, self.work)  # again: until the lock it may have been another's
+                self._begin({"plan": _digest(plan), **key}, overwrite, resume)
         except BaseException:
             self.close()
             _forget(self.work, folder)
@@ -137,14 +139,16 @@ class Output:
                 _write_durably(self.work / name, data)
             _sync_folder(self.work)
             names = [file.name for file in self.plan.files] + list(small)
-            self._append({"committing": True})
+            self._append({"committing": True, "overwrite": self.overwrite})
+            os.fsync(self._journal)  # from here on only this line tells that the folder is ours
             if self.overwrite:
                 _remove_old(self.folder, keep=() if not self._committing else names)
             for name in names:
                 if (self.work / name).exists():
                     (self.work / name).rename(self.folder / name)
             _sync_folder(self.folder)
-            shutil.rmtree(self.work)
+            _empty(self.work, but=(JOURNAL,))
+            shutil.rmtree(self.work)  # the journal last: a run killed before that goes on, one killed after is done
             _sync_folder(self.folder)
             _sync_folder(self.folder.parent)
 
@@ -167,33 +171,42 @@ class Output:
             lines = []
         if not lines:
             _empty(self.work)
-        self._committing = any("committing" in line for line in lines)
-        _expect_room(self.folder, self.plan, self.work)
-        with _DiskErrors(self.folder):
-            for file in self.plan.files:
-                moved = self._committing and not (self.work / file.name).exists()
-                if not moved:
-                    self._files[file.name] = _open_part(self.work / file.name, file)
-            self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            self._files[JOURNAL] = self._journal
-            if not lines:
-                self._append({"key": key})
+        commit = _commit_line(lines)
+        self._committing = bool(commit)
+        self.overwrite |= bool(commit.get("overwrite"))  # a commit that began to replace goes on replacing
+        files = [file for file in self.plan.files if not (self._committing and self._is_moved(file))]
+        _expect_room(self.folder, files, self.work)
+        for file in files:
+            self._files[file.name] = _open_part(self.work / file.name, file)
+        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._files[JOURNAL] = self._journal
+        os.ftruncate(self._journal, sum(len(_line(line)) for line in lines))  # what a kill cut off
+        if not lines:
+            self._append({"key": key})
         self._take_over(lines[1:])
+
+    def _is_moved(self, file: FilePlan) -> bool:
+        """Renamed into the folder already by the run that was killed while committing."""
+        there = self.folder / file.name
+        return not (self.work / file.name).exists() and there.is_file() and there.stat().st_size == file.size
 
     def _take_over(self, lines: list[dict[str, Any]]) -> None:
         """Trust what the journal lists as far as the bytes on disk agree."""
         sources = {file.name: Source(self.work / file.name) for file in self.plan.files if file.name in self._files}
         for line in lines:
-            if "tensor" not in line:
+            if (entry := _done(line)) is None or (tensor := self.plan.tensors.get(entry[0].name)) is None:
                 continue
-            region, size, crc = Region(line["tensor"], line["start"]), line["bytes"], int(line["crc32"], 16)
-            tensor = self.plan.tensors[region.name]
+            region, size, crc = entry
+            if region.start + size > tensor.nbytes:
+                continue
             source = sources.get(tensor.file)
             if source is None or _crc(source, tensor.offset + region.start, size) == crc:
                 self.done[region] = (size, crc)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        os.write(self._journal, (json.dumps(line) + "\n").encode())
+        data = _line(line)
+        while data:
+            data = data[os.write(self._journal, data) :]
 
 
 class _DiskErrors:
@@ -219,6 +232,8 @@ def _expect_free(folder: Path, overwrite: bool, work: Path) -> None:
         return
     if not folder.is_dir():
         raise OutputExists("is a file; the output is a folder", file=folder)
+    if work.is_symlink():
+        raise OutputExists("is a link; what it points to is not ours to empty", file=work)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK)
     if not names or _is_committing(work):
         return
@@ -231,7 +246,11 @@ def _expect_free(folder: Path, overwrite: bool, work: Path) -> None:
 
 
 def _is_committing(work: Path) -> bool:
-    return any("committing" in line for line in _read_journal(work / JOURNAL))
+    return bool(_commit_line(_read_journal(work / JOURNAL)))
+
+
+def _commit_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return next((line for line in lines if "committing" in line), {})
 
 
 def _remove_old(folder: Path, keep: Iterable[str]) -> None:
@@ -252,10 +271,10 @@ def _lock(path: Path, folder: Path) -> int:
     return file
 
 
-def _expect_room(folder: Path, plan: Plan, work: Path) -> None:
+def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path) -> None:
     """Bytes still to be allocated must be free now, not after an hour's work."""
     present = sum(path.stat().st_blocks * 512 for path in work.iterdir() if path.is_file())
-    needed = max(0, plan.total_bytes - present)
+    needed = max(0, sum(file.size for file in files) - present)
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if needed > free:
@@ -263,18 +282,35 @@ def _expect_room(folder: Path, plan: Plan, work: Path) -> None:
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Its lines; a last line cut by a kill is left out."""
+    """Its lines, as far as they are as they were written; a last one cut by a kill is left out."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return []
     lines: list[dict[str, Any]] = []
-    for text in raw.split(b"\n"):
+    for text in raw.splitlines(keepends=True):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or _line(line) != text:
+            break
+        lines.append(line)
     return lines
+
+
+def _line(line: Mapping[str, Any]) -> bytes:
+    return (json.dumps(line) + "\n").encode()
+
+
+def _done(line: Mapping[str, Any]) -> tuple[Region, int, int] | None:
+    """Region, size and checksum that a line of the journal tells; None for any other line."""
+    try:
+        name, start, size, crc = line["tensor"], line["start"], line["bytes"], int(line["crc32"], 16)
+    except (KeyError, TypeError, ValueError):
+        return None
+    good = isinstance(name, str) and type(start) is int and type(size) is int and start >= 0 and size > 0
+    return (Region(name, start), size, crc) if good else None
 
 
 def _difference(old: object, new: Mapping[str, Any]) -> str:
@@ -289,9 +325,9 @@ def _digest(plan: Plan) -> str:
     return f"{zlib.crc32(json.dumps([tensors, [[f.name, f.size] for f in plan.files]]).encode()):08x}"
 
 
-def _empty(work: Path) -> None:
+def _empty(work: Path, but: Iterable[str] = (LOCK,)) -> None:
     for path in work.iterdir():
-        if path.name != LOCK:
+        if path.name not in but:
             path.unlink()
 
 
