@@ -1,0 +1,67 @@
+"""What the benches share: best-of timing, the machine's description, and a JSON file per bench in results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtools import native
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def best_seconds(run: Callable[[], object], *, rounds: int = 7) -> float:
+    """Least wall time of `rounds` runs: what the work takes when nothing else disturbs it."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a figure was measured; `load` above 0 at the start says that others were at work."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "cpu": _first_line("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_set().name.lower(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": f"{commit} with changes" if _git("status", "--porcelain", "--untracked-files=no") else commit,
+    }
+
+
+def write_result(name: str, results: object) -> Path:
+    """Write results/NAME.json: the machine and what the bench found."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _first_line(file: str, key: str) -> str | None:
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
