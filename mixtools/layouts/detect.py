@@ -90,10 +90,13 @@ def _find_family(path: Path) -> tuple[Path, Family, list[str]]:
     """The folder, its family and the names of its weight files."""
     if path.suffix == ".gguf":
         raise LayoutError("is GGUF; reading GGUF is not supported yet", file=path)
-    if not path.exists():
-        raise InputError("does not exist", file=path)
-    folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        if not path.exists():
+            raise InputError("does not exist", file=path)
+        folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
     found = [(family, files) for family in FAMILIES if (files := _files(family, names))]
     if only is not None:
         found = [(family, files) for family, files in found if only == family.index_name or only in files]
