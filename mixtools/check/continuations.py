@@ -61,17 +61,20 @@ def from_text(ids: Sequence[int], new_tokens: int, prompts: int = PROMPTS, lengt
     )
 
 
-def for_prompts(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, mode: str = "auto") -> Forced:
-    """Continue the prompts: greedily by the source, or by their own second parts (`mode`: see MODES).
+def for_prompts(
+    source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, mode: str = "auto", text: Forced | None = None
+) -> Forced:
+    """Continue the prompts: greedily by the source, or by text (`mode`: see MODES).
 
-    "auto" is greedy where the source fits in the memory allowed. Raises UsageError for another mode, InputError for a
-    prompt too short to be divided, and what running the source raises.
+    `text`: the continuations in that case; None takes the prompts' own second parts. "auto" is greedy where the source
+    fits in the memory allowed. Raises UsageError for another mode, InputError for a prompt too short to be divided, and
+    what running the source raises.
     """
     if mode not in MODES:
         raise UsageError(f"generation {mode!r} is not one of {', '.join(MODES)}")
     fits = _fits(source, prompts, new_tokens)
     if mode == "text" or (mode == "auto" and not fits):
-        return _divided(prompts, new_tokens)
+        return text or _divided(prompts, new_tokens)
     continuations = _in_memory(source, prompts, new_tokens) if fits else _layer_major(source, prompts, new_tokens)
     return Forced(prompts, continuations, "greedy")
 
