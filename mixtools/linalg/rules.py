@@ -30,13 +30,13 @@ class RankRule:
 
 
 class ThresholdRule(RankRule):
-    """Keeps what lies above a threshold, and above the floor below which a value says nothing."""
+    """Keeps what lies above a threshold, and above what rounding alone could be."""
 
     def threshold(self, bulk: Bulk) -> float:
         raise NotImplementedError
 
     def rank(self, spectrum: Spectrum, bulk: Bulk, lost: FloatArray | None = None) -> int:
-        return int((spectrum.values > max(self.threshold(bulk), spectrum.floor)).sum())
+        return int((spectrum.values > max(self.threshold(bulk), spectrum.floor, spectrum.rounding)).sum())
 
     def __str__(self) -> str:
         return self.name

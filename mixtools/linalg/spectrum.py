@@ -7,6 +7,7 @@ Eckart and Young, Psychometrika 1 (1936).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,18 +21,24 @@ from .gram import gram, long_blocks, resolution
 
 FloatArray = npt.NDArray[np.float64]
 
+# rms of rounding over the value, for values spread evenly on a log scale: eps · sqrt(3/(8·ln 2)/12)
+_ROUNDING_RMS = math.sqrt(3 / (8 * math.log(2)) / 12)
+
 
 class Spectrum:
     """All singular values of a matrix [m, n], without vectors.
 
     `values` is [min(m, n)] fp64, descending. Those below `floor` are rounding errors of the computation: nothing is
-    known of them but that bound.
+    known of them but that bound. Those below `rounding` may be no more than the rounding of the weight to its dtype.
     """
 
-    def __init__(self, shape: tuple[int, int], values: FloatArray, relative_floor: float) -> None:
+    def __init__(
+        self, shape: tuple[int, int], values: FloatArray, relative_floor: float, rounding: float = 0.0
+    ) -> None:
         self.shape = shape
         self.values = values
         self.floor = relative_floor * float(values[0])
+        self.rounding = rounding
 
     @property
     def energy(self) -> float:
@@ -48,7 +55,7 @@ class Decomposition(Spectrum):
 
     def __init__(self, weight: Tensor, vectors: eigen.Eigen, values: FloatArray, relative_floor: float) -> None:
         rows, cols = weight.shape
-        super().__init__((rows, cols), values, relative_floor)
+        super().__init__((rows, cols), values, relative_floor, rounding_norm(weight))
         self.weight = weight
         self._eigen = vectors
 
@@ -90,7 +97,7 @@ class Decomposition(Spectrum):
         known = known.to(basis.device)
         root = torch.where(known.isinf(), 0.0, known)
         rows, cols = self.shape
-        here = (basis * root).to(self.weight.device, self.weight.dtype)
+        here = (basis * root).to(self.weight.device, self.weight.dtype).contiguous()
         there = torch.empty(max(rows, cols), rank, dtype=self.weight.dtype, device=self.weight.device)
         for index in long_blocks(self.weight):
             block = self.weight[index].to(basis.device, torch.float64)
@@ -108,8 +115,9 @@ def spectrum(weight: Tensor, *, exact: bool = False) -> Spectrum:
     check(weight)
     if exact:
         values = torch.linalg.svdvals(_fp64(weight)).cpu().numpy()
-        return Spectrum(_shape(weight), values, _svd_floor(weight))
-    return Spectrum(_shape(weight), _roots(eigen.eigenvalues(gram(weight))), resolution(min(weight.shape)))
+        return Spectrum(_shape(weight), values, _svd_floor(weight), rounding_norm(weight))
+    values = _roots(eigen.eigenvalues(gram(weight)))
+    return Spectrum(_shape(weight), values, resolution(min(weight.shape)), rounding_norm(weight))
 
 
 def decompose(weight: Tensor, *, exact: bool = False) -> Decomposition:
@@ -154,6 +162,21 @@ def check(weight: Tensor) -> None:
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         where = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise SpectrumError(f"holds {float(weight[tuple(where)])} at {where}; a spectrum needs finite numbers")
+
+
+def rounding_norm(weight: Tensor) -> float:
+    """About the largest singular value that rounding to the weight's dtype leaves in a matrix like it.
+
+    Rounding errs by `_ROUNDING_RMS` of each entry. A random matrix whose entries differ in spread has a norm of about
+    its largest row's plus its largest column's (Bandeira and van Handel, Annals of Probability 44, 2016).
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows, cols = (torch.zeros(side, dtype=dtype, device=weight.device) for side in weight.shape)
+    for index in long_blocks(weight):
+        block = weight[index].to(dtype)
+        rows[index[0]] = torch.hypot(rows[index[0]], torch.linalg.vector_norm(block, dim=1))
+        cols[index[1]] = torch.hypot(cols[index[1]], torch.linalg.vector_norm(block, dim=0))
+    return _ROUNDING_RMS * torch.finfo(weight.dtype).eps * (float(rows.max()) + float(cols.max()))
 
 
 def _from_eigen(weight: Tensor, solved: eigen.Eigen) -> Decomposition:

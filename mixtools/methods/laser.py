@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import UsageError
@@ -21,10 +20,6 @@ from ..linalg.rules import MarchenkoPastur, RankRule, parse_rule
 from ..linalg.spectrum import Decomposition, FloatArray, Spectrum, decompose, spectrum
 
 __all__ = ["Analysis", "Covariance", "Factors", "Options", "Report", "Result", "break_even", "encode", "scan"]
-
-# rms of rounding to a dtype over the value, for values spread evenly on a log scale: eps · sqrt(3/(8·ln 2)/12)
-_ROUNDING_RMS = math.sqrt(3 / (8 * math.log(2)) / 12)
-_AMPLE = 4.0  # a matrix whose noise is less than this many times its dtype's rounding holds nothing but rounding there
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class Analysis:
         return rule.rank(self.decomposition, self.bulk, self.lost if rule.needs_covariance else None)
 
     def report(self, rank: int) -> Report:
-        return _report(self.decomposition, self.bulk, rank, self.weight.dtype, self.lost)
+        return _report(self.decomposition, self.bulk, rank, self.lost)
 
     def dense(self, rank: int) -> Result:
         """At full rank, the weight as it was, bit for bit."""
@@ -175,7 +170,7 @@ def scan(weight: Tensor, options: Options) -> Report:
     options.rank_rule.require(has_covariance=False)
     found = spectrum(weight, exact=options.exact)
     bulk = Bulk.of(found)
-    return _report(found, bulk, options.rank_rule.rank(found, bulk), weight.dtype, None)
+    return _report(found, bulk, options.rank_rule.rank(found, bulk), None)
 
 
 def break_even(shape: tuple[int, int]) -> int:
@@ -184,9 +179,9 @@ def break_even(shape: tuple[int, int]) -> int:
     return rows * cols // (rows + cols)
 
 
-def _report(found: Spectrum, bulk: Bulk, rank: int, dtype: torch.dtype, lost: FloatArray | None) -> Report:
+def _report(found: Spectrum, bulk: Bulk, rank: int, lost: FloatArray | None) -> Report:
     values, energy = found.values, found.energy
-    note = _low_rank_note(found, bulk, dtype)
+    note = _low_rank_note(found)
     return Report(
         shape=found.shape,
         rank=rank,
@@ -207,14 +202,15 @@ def _report(found: Spectrum, bulk: Bulk, rank: int, dtype: torch.dtype, lost: Fl
     )
 
 
-def _low_rank_note(found: Spectrum, bulk: Bulk, dtype: torch.dtype) -> str | None:
-    """Said of a matrix whose bulk is gone: its median is zero, or no more than rounding to its dtype leaves."""
-    p, q = sorted(found.shape)
+def _low_rank_note(found: Spectrum) -> str | None:
+    """Said of a matrix whose bulk is gone: its median is zero, or what rounding to its dtype leaves."""
     if found.energy == 0:
         return "the matrix is zero"
-    entry_rms = math.sqrt(found.energy / (p * q))
-    rounding = _ROUNDING_RMS * torch.finfo(dtype).eps * entry_rms
-    if bulk.sigma > _AMPLE * rounding and np.median(found.values) > found.floor:
+    rounding = max(found.floor, found.rounding)
+    if np.median(found.values) > rounding:
         return None
-    above = int((found.values > max(bulk.edge_with_margin, found.floor)).sum())
-    return f"already truncated: beyond rank {above} of {p} only rounding is left, no noise to estimate a level from"
+    above = int((found.values > rounding).sum())
+    return (
+        f"already truncated: beyond rank {above} of {len(found.values)} only rounding is left, "
+        "no noise to estimate a level from"
+    )
