@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MemoryBudgetError, MixtoolsError, UsageError
-from . import convert, doctor, generate, inspect
+from . import check, convert, doctor, generate, inspect, perplexity
 
 app = typer.Typer(
     name="mixtools",
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 app.command()(inspect.inspect)
 app.add_typer(convert.app, name="convert")
+app.command()(perplexity.perplexity)
+app.command()(check.check)
 app.command()(generate.generate)
 app.command()(doctor.doctor)
 
