@@ -13,7 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "data" / "nano-mixtral"
 OUTPUT = ROOT / "demo-output"
-TEXT = ROOT / "tests" / "data" / "prompts.json"
+TEXT = ROOT / "tests" / "data" / "text.txt"
+PROMPTS = ROOT / "tests" / "data" / "prompts.json"
 PROMPT = "The installer asks for the name of"
 
 
@@ -31,14 +32,11 @@ def mixtools(*arguments: object) -> tuple[dict[str, Any], float]:
 
 def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir()
-    text = OUTPUT / "text.txt"
-    text.write_text("\n\n".join(json.loads(TEXT.read_text("utf-8")).values()), "utf-8")
     hf = OUTPUT / "nano-hf"
     found, inspecting = mixtools("inspect", SOURCE, "--verify")
     done, converting = mixtools("convert", "torrent-to-hf", SOURCE, hf)
-    report = ("--report", OUTPUT / "report")
-    proof, checking = mixtools("check", hf, "--against", SOURCE, "--text", text, "--prompts", TEXT, *report)
+    text = ("--text", TEXT, "--ctx", 256, "--prompts", PROMPTS)
+    proof, checking = mixtools("check", hf, "--against", SOURCE, *text, "--report", OUTPUT / "report")
     said, generating = mixtools("generate", hf, "--prompt", PROMPT, "--max-new-tokens", 24)
     config = found["config"]
     experts = f"{config['num_layers']} layers x {config['num_experts']} experts"
