@@ -17,6 +17,7 @@ from mixtools import native
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+LOAD_BEFORE = os.getloadavg()[0]  # of the last minute: the bench's own work is not in it yet
 
 
 def best_seconds(run: Callable[[], object], *, rounds: int = 7) -> float:
@@ -30,13 +31,13 @@ def best_seconds(run: Callable[[], object], *, rounds: int = 7) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a figure was measured; `load` above 0 at the start says that others were at work."""
+    """Where and with what a figure was measured; a `load_before` well above 0 says that others were at work."""
     commit = _git("rev-parse", "HEAD")
     return {
         "cpu": _first_line("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load": round(os.getloadavg()[0], 2),
+        "load_before": round(LOAD_BEFORE, 2),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
