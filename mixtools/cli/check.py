@@ -99,9 +99,7 @@ def _tell(document: dict[str, Any], headline: str, report: Path | None) -> Itera
         yield f"note: {remark}"
     if report is not None:
         yield f"report: {report / 'report.html'}"
-    path = document["output"]["path"]
-    advice = f" Publish with: mixtools push {path} org/name" if document["passed"] else ""
-    yield f"checked: {'passed' if document['passed'] else 'FAILED'}. {headline}{advice}"
+    yield f"checked: {'passed' if document['passed'] else 'FAILED'}. {headline}"
 
 
 def _number(value: float | None) -> str:
