@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,9 +57,20 @@ class Run:
             raise UsageError(f"{self.jobs} jobs do no work; at least one does")
 
 
+class Unit(NamedTuple):
+    """What is written at one go: regions of the output, and what makes their blocks, one iterator a region."""
+
+    regions: tuple[Region, ...]
+    make: Callable[[Output], Iterable[Iterator[Bits]]]
+
+
 @dataclass(frozen=True)
 class Job:
-    """A conversion that is fully planned: sizes are known, nothing is written."""
+    """A conversion that is fully planned: sizes are known, nothing is written.
+
+    `changes`: the slots that are made anew; all others are copied. `record`: what beside `options` decides the bytes,
+    for journal and manifest. `report` gives, once all is written, the documents that tell of it.
+    """
 
     source: Checkpoint
     layout: Layout
@@ -67,21 +79,27 @@ class Job:
     documents: Mapping[str, bytes]
     last: Mapping[str, bytes]
     missing: tuple[str, ...] = ()  # what the output lacks because the source does, for the user to know
+    changes: Mapping[Slot, Unit] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[Output], Mapping[str, bytes]] | None = None
+    label: str = "converting"
+    jobs: int | None = None  # threads at most
 
     @property
     def peak_bytes(self) -> int:
-        """Buffers of one worker at most: a block before and after, or a whole tensor where it is transposed."""
-        whole = [
-            math.prod(self.source.spec(slot).shape) * self.source.spec(slot).dtype.itemsize
-            for slot in self.source.slots()
-            if not _granule(self, slot)
-        ]
+        """Buffers of a worker that copies: a block before and after, or a tensor that is transposed or multiplied."""
+        copied = [slot for slot in self.source.slots() if slot not in self.changes]
+        whole = [_stored_bytes(self, slot) for slot in copied if not _granule(self, slot)]
+        whole += [2 * _stored_bytes(self, slot) for slot in copied if self.source.is_factored(slot)]  # fp32 between
         return 2 * max([2 * CHUNK, *whole])
 
 
-def plan_hf(source: Checkpoint, options: Options) -> Job:
-    """Layout D: sharded safetensors, configuration, tokenizer and chat template."""
-    tensors = _tensors(source, HF, options)
+def plan_hf(source: Checkpoint, options: Options, stored: Mapping[Slot, Sequence[plan.Shape]] | None = None) -> Job:
+    """Layout D: sharded safetensors, configuration, tokenizer and chat template.
+
+    `stored`: slots that lie there as other tensors than one of their own shape.
+    """
+    tensors = _tensors(source, HF, options, stored or {})
     target = plan_for(HF, tensors, options.max_shard_bytes)
     documents, missing = _hf_documents(source)
     dtypes = dict.fromkeys(dtype for _, dtype, _ in tensors)  # in order: a tie is not left to the order of a set
@@ -127,32 +145,45 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     how = how or Run()
     _expect_elsewhere(job.source.folder, folder)
     key = {"options": asdict(job.options), "source": [s.fingerprint() for s in job.source.store.sources]}
-    key |= {"layout": job.layout.name, "mixtools": __version__}
+    key |= {"layout": job.layout.name, "mixtools": __version__, **job.record}
     with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
-        how.progress.start("converting", total)
+        how.progress.start(job.label, total)
         how.progress.advance(output.done_bytes)
         resumed = output.done_bytes
-        earlier = [slot for slot in job.source.slots() if _region(job, slot) in output.done]
-        _transfer(job, output, how)
+        units = {slot: job.changes.get(slot) or _copy(job, slot) for slot in job.source.slots()}
+        earlier = [slot for slot, unit in units.items() if output.done.keys() >= {*unit.regions}]
+        write_units(units.values(), output, replace(how, jobs=min(how.jobs, job.jobs or how.jobs)))
         job.source.finish(earlier)
         how.progress.finish()
         origin = {
             "mixtools": __version__,
             "layout": job.layout.name,
             "options": asdict(job.options),
+            **job.record,
             "source": {"layout": job.source.layout.name, "files": _sizes(job.source)},
         }
         record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
-        output.commit({**job.documents, manifest.NAME: record}, job.last)
+        told = job.report(output) if job.report else {}
+        output.commit({**job.documents, **told, manifest.NAME: record}, job.last)
     return {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed, "missing": list(job.missing)}
 
 
-def _transfer(job: Job, output: Output, how: Run) -> None:
-    def blocks(slot: Slot) -> Iterator[Bits]:
-        return _blocks(job, slot)
+def _copy(job: Job, slot: Slot) -> Unit:
+    """The slot as it is, or cast."""
+    return _unit(job.layout, slot, job.source.config, job.plan, lambda: _blocks(job, slot))
 
-    write_slots(job.layout, job.source.config, blocks, output, how)
+
+def _unit(
+    layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan, blocks: Callable[[], Iterator[Bits]]
+) -> Unit:
+    """`blocks` gives canonical rows; they are written as `layout` has them."""
+    op = layout.rules[slot.role].op
+
+    def make(_: Output) -> Iterator[Iterator[Bits]]:
+        yield (from_canonical(op, block, config.head_dim) for block in blocks())
+
+    return Unit((region_of(layout, slot, config, target),), make)
 
 
 def write_slots(
@@ -163,22 +194,29 @@ def write_slots(
     `blocks` gives a slot's canonical rows [rows, columns] in order, in runs that are multiples of
     `layout.granule`, with the target's dtype.
     """
+    units = (_unit(layout, slot, config, output.plan, functools.partial(blocks, slot)) for slot in config.slots())
+    write_units(units, output, how)
+
+
+def write_units(units: Iterable[Unit], output: Output, how: Run) -> None:
+    """Those that are not yet written, on `jobs` threads, begun in order; the first error stops them all."""
     stop = threading.Event()
 
-    def stored(slot: Slot) -> Iterator[Bits]:
-        op = layout.rules[slot.role].op
-        for block in blocks(slot):
+    def until_stopped(blocks: Iterator[Bits]) -> Iterator[Bits]:
+        for block in blocks:
             if stop.is_set():
                 raise Interrupted("stopped; the same command continues")
-            yield from_canonical(op, block, config.head_dim)
+            yield block
 
-    def one(slot: Slot) -> None:
-        region = region_of(layout, slot, config, output.plan)
-        if region not in output.done and not stop.is_set():
-            how.progress.advance(output.add(region, stored(slot)))
+    def one(unit: Unit) -> None:
+        if output.done.keys() >= {*unit.regions} or stop.is_set():
+            return
+        for region, blocks in zip(unit.regions, unit.make(output), strict=True):
+            if region not in output.done:
+                how.progress.advance(output.add(region, until_stopped(blocks)))
 
     with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
-        futures = [pool.submit(one, slot) for slot in config.slots()]
+        futures = [pool.submit(one, unit) for unit in units]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -189,14 +227,15 @@ def write_slots(
             raise error  # the cause, not what it interrupted in the other threads
 
 
-def _region(job: Job, slot: Slot) -> Region:
-    return region_of(job.layout, slot, job.source.config, job.plan)
-
-
 def region_of(layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan) -> Region:
     """Where a slot's bytes go in the output."""
     piece = layout.piece(slot, config)
     return Region(piece.name, piece.start * target.tensors[piece.name].row_bytes)
+
+
+def _stored_bytes(job: Job, slot: Slot) -> int:
+    shape, dtype = job.source.spec(slot)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _granule(job: Job, slot: Slot) -> int:
@@ -235,16 +274,29 @@ def _target_dtype(source: Checkpoint, slot: Slot, options: Options) -> DType:
     return source.spec(slot).dtype if options.dtype == "keep" else DTYPES[options.dtype]
 
 
-def _tensors(source: Checkpoint, layout: Layout, options: Options) -> list[plan.Shape]:
+def _tensors(
+    source: Checkpoint, layout: Layout, options: Options, stored: Mapping[Slot, Sequence[plan.Shape]] | None = None
+) -> list[plan.Shape]:
     if options.dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
-    return stored_tensors(layout, source.config, lambda slot: _target_dtype(source, slot, options))
+    return stored_tensors(layout, source.config, lambda slot: _target_dtype(source, slot, options), stored or {})
 
 
-def stored_tensors(layout: Layout, config: MixtralConfig, dtype_of: Callable[[Slot], DType]) -> list[plan.Shape]:
-    """A layout's tensors in slot order, each once. Raises TensorError where two dtypes would meet in one."""
+def stored_tensors(
+    layout: Layout,
+    config: MixtralConfig,
+    dtype_of: Callable[[Slot], DType],
+    instead: Mapping[Slot, Sequence[plan.Shape]] | None = None,
+) -> list[plan.Shape]:
+    """A layout's tensors in slot order, each once. Raises TensorError where two dtypes would meet in one.
+
+    `instead`: slots that lie there as other tensors than the layout's own.
+    """
     tensors: dict[str, plan.Shape] = {}
     for slot in config.slots():
+        if instead and slot in instead:
+            tensors |= {shape[0]: shape for shape in instead[slot]}
+            continue
         piece = layout.piece(slot, config)
         dtype = dtype_of(slot)
         known = tensors.setdefault(piece.name, (piece.name, dtype, piece.shape))

@@ -17,7 +17,7 @@ from ..names import Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import Bits, Entry, Store
 from .reader import Spec
-from .table import Layout, Piece, to_canonical
+from .table import Layout, Piece, factor_names, to_canonical
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,14 @@ class Checkpoint:
         return Spec(self.config.shape(slot.role), self.entry(slot).dtype)
 
     def entry(self, slot: Slot) -> Entry:
-        """The stored tensor that holds this slot, maybe with others."""
-        return self.store.entries[self.piece(slot).name]
+        """The stored tensor that holds this slot, maybe with others; of a matrix stored as factors, the first."""
+        name = self.piece(slot).name
+        return self.store.entries[factor_names(name)[0] if self.is_factored(slot) else name]
+
+    def is_factored(self, slot: Slot) -> bool:
+        """Whether two factors are stored instead of the matrix."""
+        name = self.piece(slot).name
+        return name not in self.store.entries and factor_names(name)[0] in self.store.entries
 
     def piece(self, slot: Slot) -> Piece:
         return self.layout.piece(slot, self.config)
@@ -52,6 +58,9 @@ class Checkpoint:
         `granule`: each run but the last is a multiple of so many rows; 0 gives the tensor in one run.
         A block is valid until the next is asked for (its buffer is used again).
         """
+        if self.is_factored(slot):
+            yield from self._product_blocks(slot, max_bytes, granule)
+            return
         name, _, start, stop, op = self.piece(slot)
         entry = self.store.entries[name]
         granule = math.lcm(granule, self.layout.granule(slot, self.config))  # lcm with 0, the whole, is 0
@@ -65,6 +74,20 @@ class Checkpoint:
             end = min(at + step, stop)
             bits = self.store.read_rows(name, at, end, out=buffer[: end - at])
             yield to_canonical(op, bits, self.config.head_dim)
+
+    def _product_blocks(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
+        """As `blocks`, of A·B: multiplied whole in fp32 and rounded once, so that blocks do not change a bit."""
+        import torch
+
+        pair = [self.store.entries[name] for name in factor_names(self.piece(slot).name)]
+        dtype = pair[0].dtype
+        signed = [self.store.read_rows(entry.name, 0, entry.rows).view(f"i{dtype.itemsize}") for entry in pair]
+        a, b = (torch.from_numpy(bits).view(dtype.torch()).float() for bits in signed)
+        product = (a @ b).to(dtype.torch()).view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
+        bits: Bits = product.view(f"u{dtype.itemsize}")
+        step = max(1, max_bytes // (bits.shape[1] * dtype.itemsize * granule)) * granule if granule else len(bits)
+        for at in range(0, len(bits), step):
+            yield bits[at : at + step]
 
     def bits(self, slot: Slot) -> Bits:
         """The whole tensor's bit patterns in canonical form, [rows, columns]; a vector is one row."""
@@ -100,7 +123,9 @@ class Checkpoint:
 
 def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
     """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
-    expected = {piece.name: piece.shape for piece in (layout.piece(slot, config) for slot in config.slots())}
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot in config.slots():
+        expected |= _expected(layout.piece(slot, config), store)
     missing = [name for name in expected if name not in store.entries]
     unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []
@@ -128,6 +153,15 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
                 )
             )
     return problems
+
+
+def _expected(piece: Piece, store: Store) -> dict[str, tuple[int, ...]]:
+    """The stored tensors of a slot and their shapes: the layout's own, or the two factors found in its place."""
+    first, second = factor_names(piece.name)
+    if piece.name in store.entries or first not in store.entries or len(piece.shape) != 2:
+        return {piece.name: piece.shape}
+    rank = (*store.entries[first].shape, 0, 0)[1]  # any rank will do, if both have it
+    return {first: (piece.shape[0], rank), second: (rank, piece.shape[1])}
 
 
 def _some(names: list[str]) -> str:

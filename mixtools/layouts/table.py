@@ -38,6 +38,11 @@ class Rule:
     folded: bool = False  # stacked experts are folded into the rows: [E*F, D] instead of [E, F, D]
 
 
+def factor_names(name: str) -> tuple[str, str]:
+    """Where a matrix stored as two factors lies instead: A [out, k] and B [k, in], the weight being A·B."""
+    return f"{name}_a", f"{name}_b"
+
+
 class Piece(NamedTuple):
     """Where a slot lies: rows [start, stop) of the tensor `name`, which has `shape`."""
 

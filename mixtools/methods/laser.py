@@ -139,12 +139,7 @@ class Analysis:
     def factored(self, rank: int) -> Result:
         """Raises UsageError where the factors are not smaller than the matrix. Rank 0 is stored as one zero column."""
         rows, cols = self.weight.shape
-        if rank * (rows + cols) >= rows * cols:
-            raise UsageError(
-                f"factors of rank {rank} hold {rank * (rows + cols):,} numbers, the {rows}x{cols} matrix "
-                f"{rows * cols:,}: they save only below rank {math.ceil(rows * cols / (rows + cols))}; "
-                "choose a lower rank or leave out --factored"
-            )
+        check_factors((rows, cols), rank)
         if rank == 0:
             A, B = self.weight.new_zeros(rows, 1), self.weight.new_zeros(1, cols)
         else:
@@ -177,6 +172,17 @@ def break_even(shape: tuple[int, int]) -> int:
     """The largest rank at which factors are no larger than the matrix."""
     rows, cols = shape
     return rows * cols // (rows + cols)
+
+
+def check_factors(shape: tuple[int, int], rank: int) -> None:
+    """Raises UsageError where factors of this rank are not smaller than the matrix."""
+    rows, cols = shape
+    if rank * (rows + cols) >= rows * cols:
+        raise UsageError(
+            f"factors of rank {rank} hold {rank * (rows + cols):,} numbers, the {rows}x{cols} matrix "
+            f"{rows * cols:,}: they save only below rank {math.ceil(rows * cols / (rows + cols))}; "
+            "choose a lower rank or leave out --factored"
+        )
 
 
 def _report(found: Spectrum, bulk: Bulk, rank: int, lost: FloatArray | None) -> Report:

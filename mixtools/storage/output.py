@@ -23,11 +23,11 @@ from .crc import Ledger
 from .plan import FilePlan, Plan
 from .source import Source
 from .store import CHUNK, Bits, as_bytes
+from .writeback import WriteBehind, write_all
 
 WORK = ".mixtools"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
-FLUSH_BYTES = 128 << 20  # dirty pages given to the disk while the next are computed
 # what --overwrite may delete; a folder holding anything else is not ours to empty
 _REPLACEABLE = frozenset(
     {".safetensors", ".pth", ".pt", ".bin", ".gguf", ".model", ".json"}
@@ -56,14 +56,15 @@ class Output:
         self.folder, self.plan, self.work = folder, plan, folder / WORK
         self.overwrite = overwrite
         self.done: dict[Region, tuple[int, int]] = {}  # -> size, crc
+        self.notes: dict[str, Any] = {}  # what was found while writing, for a report at the end
         self._mutex = threading.Lock()
-        self._unflushed: dict[str, int] = {}
         self._committing = False
         with _DiskErrors(folder):
             _expect_free(folder, overwrite, self.work)
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.work / LOCK, folder)
         self._files: dict[str, int] = {}
+        self._parts: dict[str, WriteBehind] = {}
         try:
             with _DiskErrors(folder):
                 _expect_free(folder, overwrite, self.work)  # again: until the lock it may have been another's
@@ -93,7 +94,7 @@ class Output:
     def add(self, region: Region, blocks: Iterable[Bits]) -> int:
         """Write a region's blocks one behind the other, and journal it. Safe to call from several threads."""
         tensor = self.plan.tensors[region.name]
-        file = self._files[tensor.file]
+        part = self._parts[tensor.file]
         start = tensor.offset + region.start
         at, crc = start, 0
         for block in blocks:
@@ -102,19 +103,19 @@ class Output:
                 chunk = view[low : low + CHUNK]
                 crc = zlib.crc32(chunk, crc)
                 with _DiskErrors(self.folder):
-                    _write_all(file, chunk, at)
+                    part.write(chunk, at)
                 at += len(chunk)
         line = {"tensor": region.name, "start": region.start, "bytes": at - start, "crc32": f"{crc:08x}"}
         with self._mutex, _DiskErrors(self.folder):
             self.done[region] = (at - start, crc)
             self._append(line)
-            dirty = self._unflushed[tensor.file] = self._unflushed.get(tensor.file, 0) + at - start
-            if dirty >= FLUSH_BYTES:
-                self._unflushed[tensor.file] = 0
-        if dirty >= FLUSH_BYTES:
-            with _DiskErrors(self.folder):
-                os.fdatasync(file)
         return at - start
+
+    def note(self, name: str, found: Any) -> None:
+        """Keep something (ready for JSON) for the end of the work, through kills; before the region it tells of."""
+        with self._mutex, _DiskErrors(self.folder):
+            self.notes[name] = found
+            self._append({"note": name, "found": found})
 
     def checksums(self) -> dict[str, int]:
         """CRC-32 of every stored tensor, from those of its regions."""
@@ -158,7 +159,7 @@ class Output:
             if file.name not in self._files:
                 continue  # renamed by the run that was killed while committing
             for offset, data in file.seal(crcs) if file.seal else ():
-                _write_all(self._files[file.name], memoryview(data), offset)
+                write_all(self._files[file.name], memoryview(data), offset)
             os.fsync(self._files[file.name])
 
     def _begin(self, key: dict[str, Any], overwrite: bool, resume: bool) -> None:
@@ -178,6 +179,7 @@ class Output:
         _expect_room(self.folder, files, self.work)
         for file in files:
             self._files[file.name] = _open_part(self.work / file.name, file)
+            self._parts[file.name] = WriteBehind(self._files[file.name])
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._files[JOURNAL] = self._journal
         os.ftruncate(self._journal, sum(len(_line(line)) for line in lines))  # what a kill cut off
@@ -194,6 +196,8 @@ class Output:
         """Trust what the journal lists as far as the bytes on disk agree."""
         sources = {file.name: Source(self.work / file.name) for file in self.plan.files if file.name in self._files}
         for line in lines:
+            if isinstance(line.get("note"), str):
+                self.notes[line["note"]] = line.get("found")
             if (entry := _done(line)) is None or (tensor := self.plan.tensors.get(entry[0].name)) is None:
                 continue
             region, size, crc = entry
@@ -342,14 +346,8 @@ def _forget(work: Path, folder: Path) -> None:
 def _open_part(path: Path, file: FilePlan) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     os.ftruncate(handle, file.size)
-    _write_all(handle, memoryview(file.head), 0)
+    write_all(handle, memoryview(file.head), 0)
     return handle
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(file, data, offset)
-        data, offset = data[count:], offset + count
 
 
 def _write_durably(path: Path, data: bytes) -> None:
