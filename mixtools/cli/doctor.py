@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
     from ..errors import MixtoolsError
 
     try:
-        kernels, problem = native.instruction_set(), None
+        kernels, problem = native.instruction_set().name.lower(), None
     except MixtoolsError as error:
         kernels, problem = None, str(error)
     versions = {name: _version(name) for name in _PACKAGES}
