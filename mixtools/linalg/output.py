@@ -64,7 +64,7 @@ def _quadratic(vectors: Tensor, matrix: Tensor, block: int = 1024) -> FloatArray
     """v_iᵀ M v_i for the columns of `vectors` [d, k]: [k]."""
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for start in range(0, len(vectors), block):
-        rows = matrix[start : start + block].to(vectors.device, torch.float64)
+        rows = matrix[start : start + block].to(vectors.device).double()
         total += (vectors[start : start + block] * (rows @ vectors)).sum(0)
     result: FloatArray = total.cpu().numpy()
     return result
@@ -75,6 +75,6 @@ def _image(decomposition: Decomposition, basis: Tensor) -> Tensor:
     weight = decomposition.weight
     pieces = []
     for index in long_blocks(weight):
-        block = weight[index].to(basis.device, torch.float64)
+        block = weight[index].to(basis.device).double()
         pieces.append((block.T if decomposition.is_wide else block) @ basis)
     return torch.cat(pieces)

@@ -51,7 +51,10 @@ class Spectrum:
 
 
 class Decomposition(Spectrum):
-    """A spectrum that can give vectors, projections and factors; holds its weight, not a copy."""
+    """A spectrum that can give vectors, projections and factors; holds its weight, not a copy.
+
+    Blocks of the weight are moved, then widened, and results narrowed, then moved: fp64 never stands on an MPS device.
+    """
 
     def __init__(self, weight: Tensor, vectors: eigen.Eigen, values: FloatArray, relative_floor: float) -> None:
         rows, cols = weight.shape
@@ -81,9 +84,9 @@ class Decomposition(Spectrum):
         keeps = rank <= p - rank
         basis = self.vectors(0, rank) if keeps else self.vectors(rank, p)
         for index in long_blocks(self.weight):
-            block = self.weight[index].to(basis.device, torch.float64)
+            block = self.weight[index].to(basis.device).double()
             part = basis @ (basis.T @ block) if self.is_wide else (block @ basis) @ basis.T
-            result[index] = (part if keeps else block - part).to(result.device, dtype)
+            result[index] = (part if keeps else block - part).to(dtype).to(result.device)
         return result
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -97,12 +100,12 @@ class Decomposition(Spectrum):
         known = known.to(basis.device)
         root = torch.where(known.isinf(), 0.0, known)
         rows, cols = self.shape
-        here = (basis * root).to(self.weight.device, self.weight.dtype).contiguous()
+        here = (basis * root).to(self.weight.dtype).to(self.weight.device).contiguous()
         there = torch.empty(max(rows, cols), rank, dtype=self.weight.dtype, device=self.weight.device)
         for index in long_blocks(self.weight):
-            block = self.weight[index].to(basis.device, torch.float64)
+            block = self.weight[index].to(basis.device).double()
             image = block.T @ basis if self.is_wide else block @ basis  # [block, rank] = the other side's vectors · s
-            there[index[1] if self.is_wide else index[0]] = (image / known).to(there.device, there.dtype)
+            there[index[1] if self.is_wide else index[0]] = (image / known).to(there.dtype).to(there.device)
         return (here, there.T.contiguous()) if self.is_wide else (there, here.T.contiguous())
 
 
