@@ -5,6 +5,7 @@
     │   └── RecipeError           2  a recipe that cannot run
     ├── InputError                3  the input is not what it should be
     │   ├── LayoutError           3  no known layout, two at once, tensors missing or unknown
+    │   │   └── QuantizedError    3  a quantized checkpoint where the weights themselves are needed
     │   ├── ConfigError           3  params.json or config.json
     │   ├── FormatError           3  a file's structure: zip, pickle, header, offsets
     │   ├── TensorError           3  one tensor: its shape, dtype, or NaN/Inf in it
@@ -89,6 +90,10 @@ class InputError(MixtoolsError):
 
 
 class LayoutError(InputError):
+    pass
+
+
+class QuantizedError(LayoutError):
     pass
 
 

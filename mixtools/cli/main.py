@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MemoryBudgetError, MixtoolsError, UsageError
-from . import check, convert, doctor, generate, inspect, perplexity
+from . import check, convert, doctor, generate, inspect, laser, perplexity
 
 app = typer.Typer(
     name="mixtools",
@@ -28,6 +28,8 @@ app.command()(inspect.inspect)
 app.add_typer(convert.app, name="convert")
 app.command()(perplexity.perplexity)
 app.command()(check.check)
+app.command()(laser.laser)
+app.command()(laser.spectrum)
 app.command()(generate.generate)
 app.command()(doctor.doctor)
 

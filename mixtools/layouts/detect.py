@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import from_document, load_json
-from ..errors import ConfigError, FormatError, InputError, LayoutError, MixtoolsError, UnsafeError
+from ..errors import ConfigError, FormatError, InputError, LayoutError, MixtoolsError, QuantizedError, UnsafeError
 from ..names import Role
 from ..storage import manifest, safetensors, torchzip
 from ..storage.source import Source
@@ -70,7 +70,9 @@ def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
         details = document["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else None
         method = method if isinstance(method, str) else "an unknown method"
-        raise LayoutError(f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=folder)
+        raise QuantizedError(
+            f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=folder
+        )
     config = from_document(document, config_path)
     weight_map = _read_index(folder, family)
     if weight_map is not None:
@@ -212,7 +214,7 @@ def _best_layout(family: Family, entries: dict[str, Any], folder: Path) -> Layou
     """Of the family's layouts the one whose router name is there; quantized names are refused by name."""
     for name in entries:
         if (method := _QUANTIZED.get(name.rpartition(".")[2])) is not None:
-            raise LayoutError(f"is quantized ({method}: {name}); reading it is not supported yet", file=folder)
+            raise QuantizedError(f"is quantized ({method}: {name}); reading it is not supported yet", file=folder)
     routers = [layout.rules[Role.ROUTER].name.format(layer=0) for layout in family.layouts]
     return next(
         (lay for lay, router in zip(family.layouts, routers, strict=True) if router in entries), family.layouts[0]

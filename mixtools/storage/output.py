@@ -60,14 +60,14 @@ class Output:
         self._mutex = threading.Lock()
         self._committing = False
         with _DiskErrors(folder):
-            _expect_free(folder, overwrite, self.work)
+            expect_free(folder, overwrite)
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.work / LOCK, folder)
         self._files: dict[str, int] = {}
         self._parts: dict[str, WriteBehind] = {}
         try:
             with _DiskErrors(folder):
-                _expect_free(folder, overwrite, self.work)  # again: until the lock it may have been another's
+                expect_free(folder, overwrite)  # again: until the lock it may have been another's
                 self._begin({"plan": _digest(plan), **key}, overwrite, resume)
         except BaseException:
             self.close()
@@ -231,7 +231,9 @@ class _DiskErrors:
             raise OutputError(f"cannot be written ({error.strerror})", file=error.filename or self.folder) from None
 
 
-def _expect_free(folder: Path, overwrite: bool, work: Path) -> None:
+def expect_free(folder: Path, overwrite: bool) -> None:
+    """Raises OutputExists where `Output` would: for commands that compute long before they open it."""
+    work = folder / WORK
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -1,0 +1,272 @@
+"""mixtools laser and mixtools spectrum: lower ranks, and what there is to see before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import MemoryBudgetError, OutputError, QuantizedError, UsageError
+from . import base
+
+if TYPE_CHECKING:
+    from .. import laser as engine
+    from ..calibrate import Calibration
+    from ..layouts.checkpoint import Checkpoint
+    from ..names import Slot
+
+ALL_TARGETS = "w1,w2,w3,q,k,v,o"
+RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
+BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
+SHOWN = 20  # lines of the table on the terminal
+
+Layers = Annotated[str, typer.Option("--layers", metavar="WHICH", help="all, 5, 3,7 or 20-31.")]
+Targets = Annotated[str, typer.Option("--targets", metavar="NAMES", help="Which matrices of a layer.")]
+Experts = Annotated[str, typer.Option("--experts", metavar="WHICH", help="all, 0 or 0,3: for w1, w2, w3.")]
+Rule = Annotated[str, typer.Option("--rank-rule", metavar=RULES, help="Which singular values stay.")]
+Exact = Annotated[bool, typer.Option("--exact", help="A full SVD instead of the Gram matrix: for f32, and slow.")]
+Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Calibration text, for layer errors.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Windows of the text.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, metavar="N", help="Tokens of a window.")]
+
+
+class Machine(NamedTuple):
+    """The options that choose no figure."""
+
+    device: str
+    max_memory: int | None
+    jobs: int
+    screen: base.Screen
+
+
+class Calibrate(NamedTuple):
+    text: Path | None
+    samples: int
+    seq_len: int
+
+
+def laser(
+    src: base.Source, out: base.Out, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
+    rank_rule: Rule = "mp",
+    factored: Annotated[bool, typer.Option("--factored", help="Store two factors for each matrix, not one.")] = False,
+    exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard.")] = "5GB",
+    dry_run: base.DryRun = False, resume: base.Resume = True, overwrite: base.Overwrite = False,
+    jobs: base.Jobs = 2, max_memory: base.MaxMemory = None, device: base.Device = "auto",
+    json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False,
+) -> None:  # fmt: skip
+    """Replace weight matrices by their best approximations of lower rank, and tell what each lost.
+
+    Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
+    """
+    from .. import convert
+    from .. import laser as engine
+    from ..storage.output import expect_free
+
+    base.check_device(device)
+    shard = base.parse_size(max_shard_size, "--max-shard-size")
+    options = engine.Options(layers, targets, experts, rank_rule, factored, exact, shard)
+    machine = Machine(device, base.max_memory_bytes(max_memory), jobs, base.Screen(json, quiet))
+    source, slots = _open(src, out, options)
+    options.method.rank_rule.require(text is not None)
+    threads = _threads_within(source, slots, machine, calibrated=text is not None)
+    if not dry_run:
+        expect_free(out, overwrite)
+    calibration = _calibration(source, slots, Calibrate(text, samples, seq_len), machine)
+    record = {"calibration": calibration.text.record} if calibration else {}
+    if dry_run:
+        document = _forecast(source, slots, options, threads, rebuild=True, calibration=record)
+        machine.screen.result(document, lambda: _tell_forecast(document))
+        return
+    began = time.monotonic()
+    known = None
+    if (rank := engine.is_fixed(options.method)) is not None:
+        known = engine.fixed_survey(source, slots, rank)  # a rank too high is told before anything is read
+    elif factored:
+        worker = engine.Worker(source, options.method, base.find_device(device), calibration)
+        known, calibration = engine.survey(worker, slots, machine.screen.progress()), None
+    job = engine.plan_laser(
+        source, options, known=known, calibration=calibration, device=base.find_device(device), record=record
+    )
+    how = convert.Run(overwrite=overwrite, resume=resume, jobs=threads, progress=machine.screen.progress())
+    done = convert.run(job, out, how)
+    report = engine.read_report(out)
+    document = {
+        "output": str(out), **report, **done, "seconds": round(time.monotonic() - began, 3),
+        "peak_memory_bytes": base.peak_memory(),
+    }  # fmt: skip
+    machine.screen.result(document, lambda: _tell(document, source.folder, out))
+
+
+def spectrum(
+    src: base.Source, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all", rank_rule: Rule = "mp",
+    exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the report there.")] = None,
+    dry_run: base.DryRun = False, max_memory: base.MaxMemory = None, device: base.Device = "auto",
+    json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False,
+) -> None:  # fmt: skip
+    """Singular values of weight matrices: what `laser` would keep, without writing a weight.
+
+    Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
+    """
+    from .. import laser as engine
+    from .. import laser_report
+
+    base.check_device(device)
+    options = engine.Options(layers, targets, experts, rank_rule, exact=exact)
+    machine = Machine(device, base.max_memory_bytes(max_memory), 1, base.Screen(json, quiet))
+    source, slots = _open(src, out, options)
+    options.method.rank_rule.require(text is not None)
+    _threads_within(source, slots, machine, calibrated=text is not None)
+    calibration = _calibration(source, slots, Calibrate(text, samples, seq_len), machine)
+    record = {"calibration": calibration.text.record} if calibration else {}
+    if dry_run:
+        document = _forecast(source, slots, options, 1, rebuild=False, calibration=record)
+        machine.screen.result(document, lambda: _tell_forecast(document))
+        return
+    if (rank := engine.is_fixed(options.method)) is not None:
+        engine.fixed_survey(source, slots, rank)
+    began = time.monotonic()
+    worker = engine.Worker(source, options.method, base.find_device(device), calibration)
+    rows = engine.survey(worker, slots, machine.screen.progress()).rows
+    report = laser_report.document(source.layout.name, {"laser": options.document(), **record}, list(rows.values()))
+    if out is not None:
+        _write(out, laser_report.documents(report))
+    seconds = round(time.monotonic() - began, 3)
+    document = {"output": out and str(out), **report, "seconds": seconds, "peak_memory_bytes": base.peak_memory()}
+    machine.screen.result(document, lambda: _tell_spectrum(document, out))
+
+
+def _open(src: str, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
+    from .. import laser as engine
+    from ..layouts.detect import open_checkpoint
+
+    _ = options.method  # a rule that there is not is told first
+    try:
+        source = open_checkpoint(base.find_model(src))
+    except QuantizedError as error:
+        why = "is quantized; spectra need the weights themselves: `mixtools convert to-hf` it first, then take that"
+        raise QuantizedError(why, file=error.file, tensor=error.tensor) from None
+    if out is not None and source.folder.resolve() == out.resolve():
+        raise UsageError("the output is the source's own folder; name another", file=out)
+    slots = engine.select(source.config, options)
+    if not slots:
+        raise UsageError("no matrix is chosen by --layers, --targets and --experts together")
+    return source, slots
+
+
+def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, calibrated: bool) -> int:
+    """As many as asked for and as fit; one decomposes, the others copy."""
+    from .. import laser as engine
+    from ..storage.store import CHUNK
+
+    limit, copier = machine.max_memory, 8 * CHUNK
+    need = BASE_MEMORY + engine.memory_bytes(source, slots, calibrated)
+    if limit is None:
+        return machine.jobs
+    if limit < need:
+        raise MemoryBudgetError(
+            "--max-memory is too small for the largest chosen matrix", expected=base.human_bytes(need), found=limit
+        )
+    return max(1, min(machine.jobs, 1 + (limit - need) // copier))
+
+
+def _calibration(source: Checkpoint, slots: list[Slot], how: Calibrate, machine: Machine) -> Calibration | None:
+    if how.text is None:
+        return None
+    from .. import calibrate
+    from ..check.perplexity import read_text
+    from ..stream import Stream
+    from ..tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(source.folder)
+    if (remark := tokenizer.check_vocab(source.config)) is not None:
+        machine.screen.note(f"note: {remark}")
+    ids = tokenizer.encode(read_text(how.text), bos=False)
+    text = calibrate.cut(ids, how.samples, how.seq_len, tokenizer.bos_id)
+    dtypes = source.bytes_by_dtype()
+    dtype = max(dtypes, key=dtypes.__getitem__).torch()
+    limit = machine.max_memory if machine.max_memory is not None else base.available_memory()
+    stream = Stream(source, base.find_device(machine.device), dtype, max_memory=limit)
+    stream.reserved = calibrate.moment_bytes(source.config, slots)
+    stream.plan([len(ids) for ids in text.sequences])  # what does not fit is told before anything is read
+    return calibrate.Calibration(stream, text, slots)
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", file=folder) from None
+
+
+# --- told ---
+
+
+def _forecast(
+    source: Checkpoint, slots: list[Slot], options: engine.Options, threads: int, *, rebuild: bool,
+    calibration: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Memory is an upper bound (without the layer that calibrates); time is shapes over a measured rate."""
+    from .. import convert
+    from .. import laser as engine
+
+    calibrated = bool(calibration)
+    size = convert.plan_hf(source, convert.Options()).plan.total_bytes if rebuild else 0
+    seconds = engine.forecast_seconds(source, slots, rebuild, time.perf_counter)
+    document: dict[str, Any] = {
+        "dry_run": True, "laser": options.document(), **calibration, "matrices": len(slots),
+        "targets": engine.role_counts(slots), "bytes": size, "seconds": round(seconds, 1),
+        "peak_memory_bytes": BASE_MEMORY + engine.memory_bytes(source, slots, calibrated), "jobs": threads,
+    }  # fmt: skip
+    return document
+
+
+def _tell_forecast(document: dict[str, Any]) -> Iterator[str]:
+    targets = ", ".join(f"{n} {name}" for name, n in document["targets"].items())
+    written = f", and write {base.human_bytes(document['bytes'])}" if document["bytes"] else ""
+    yield f"would decompose {document['matrices']} matrices ({targets}) by {document['laser']['rank_rule']}{written}"
+    memory, seconds = base.human_bytes(document["peak_memory_bytes"]), base.human_time(document["seconds"])
+    yield f"memory at most {memory}; about {seconds} of arithmetic"
+    if "calibration" in document:
+        yield f"before that, {document['calibration']['tokens']} calibration tokens go through the layers"
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    measured = any(row["layer_error"] is not None for row in rows)
+    width = max(len(row["tensor"]) for row in rows[:SHOWN])
+    yield f"{'tensor':<{width}}  {'rank':>11}  {'energy':>8}  {'SNR mp':>8}" + ("  layer error" if measured else "")
+    for row in rows[:SHOWN]:
+        snr = "-" if row["snr_mp"] is None else f"{row['snr_mp']:.3g}"
+        line = f"{row['tensor']:<{width}}  {row['rank']:>5} /{row['of']:>5}  {100 * row['energy']:>7.2f}%  {snr:>8}"
+        yield line + (f"  {100 * (row['layer_error'] or 0):>10.3f}%" if measured else "")
+    if len(rows) > SHOWN:
+        yield f"... and {len(rows) - SHOWN} more in the report"
+
+
+def _tell(document: dict[str, Any], source: Path, out: Path) -> Iterator[str]:
+    yield from _table(document["matrices"])
+    yield from (f"note: {remark}" for remark in document["remarks"])
+    size, memory = base.human_bytes(document["bytes"]), base.human_bytes(document["peak_memory_bytes"])
+    seconds = base.human_time(document["seconds"])
+    yield f"wrote {document['tensors']} tensors, {size}, in {seconds} (peak memory {memory})"
+    if document["resumed_bytes"]:
+        yield f"{base.human_bytes(document['resumed_bytes'])} were there already, from the interrupted run"
+    if document["missing"]:
+        yield f"note: the source has no {', '.join(document['missing'])}; the output has weights and configuration only"
+    yield f"report: {out / 'laser-report.html'}"
+    if document["laser"]["factored"]:
+        yield f"Other programs need it dense: mixtools convert to-hf {out} DENSE"
+    yield f"Check it with: mixtools check {out} --against {source}"
+
+
+def _tell_spectrum(document: dict[str, Any], out: Path | None) -> Iterator[str]:
+    yield from _table(document["matrices"])
+    yield from (f"note: {remark}" for remark in document["remarks"])
+    if out is not None:
+        yield f"report: {out / 'laser-report.html'}"
