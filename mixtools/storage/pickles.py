@@ -1,11 +1,12 @@
 """The pickle inside a .pth file, run by a machine that knows a dozen values and calls nothing.
 
 torch.load's own `weights_only` has been bypassed (CVE-2025-32434, CVE-2026-24747), so no unpickler of
-Python's runs here: `pickletools` splits the opcodes, and the machine below builds descriptions of tensors.
+Python's runs here: `pickletools` tells the opcodes, and the machine below builds descriptions of tensors.
 """
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -58,6 +59,12 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_KNOWN = {
+    *_PUSHES, *_CONSTANTS, *_TUPLES, "PROTO", "FRAME", "STOP", "MARK", "TUPLE", "GLOBAL", "STACK_GLOBAL", "REDUCE",
+    "BUILD", "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE", "SETITEM", "SETITEMS",
+    "APPEND", "APPENDS",
+}  # fmt: skip
 
 
 def load(data: bytes, file: str) -> Any:
@@ -80,7 +87,15 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
+        stream = io.BytesIO(data)
+        while code := stream.read(1):
+            opcode = _OPCODES.get(code.decode("latin-1"))
+            if opcode is None:
+                raise ValueError(f"no opcode {code!r}")
+            if opcode.name not in _KNOWN:
+                why = f"its pickle uses {opcode.name}, which no checkpoint needs; not loaded"
+                raise UnsafeError(why, file=self.file)
+            argument = _argument(opcode, stream)
             if opcode.name == "STOP":
                 return self.stack.pop()
             self._step(opcode.name, argument)
@@ -115,7 +130,7 @@ class _Machine:
             self._combine(name)
 
     def _combine(self, name: str) -> None:
-        """Opcodes that put values into others; every one left is refused."""
+        """Opcodes that put values into others."""
         stack = self.stack
         if name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
@@ -126,11 +141,9 @@ class _Machine:
         elif name in ("APPEND", "APPENDS"):
             values = self._to_mark() if name == "APPENDS" else [stack.pop()]
             self._expect(stack[-1], list).extend(values)
-        elif name == "BUILD":  # a state_dict's `_metadata`: versions of modules, of no use here
+        else:  # BUILD, of a state_dict's `_metadata`: versions of modules, of no use here
             self._expect(stack.pop(), dict)
             self._expect(stack[-1], OrderedDict)
-        else:
-            raise UnsafeError(f"its pickle uses {name}, which no checkpoint needs; not loaded", file=self.file)
 
     def _to_mark(self) -> list[Any]:
         values = []
@@ -186,6 +199,15 @@ class _Machine:
         if not isinstance(storage, StorageRef) or not all(type(n) is int for n in numbers):
             raise ValueError("a tensor is not made of a storage, an offset, a shape and strides")
         return TensorRef(storage, offset, shape, strides)
+
+
+def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
+    if opcode.name != "GLOBAL":
+        return opcode.arg.reader(stream) if opcode.arg else None
+    module, name = stream.readline(), stream.readline()  # pickletools would undo escapes, which no unpickler does
+    if not name.endswith(b"\n"):
+        raise ValueError("a name is cut off")
+    return f"{module[:-1].decode()} {name[:-1].decode()}"
 
 
 def dump(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:

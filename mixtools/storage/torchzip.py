@@ -62,8 +62,8 @@ def read_header(source: Source) -> list[Entry]:
 def read_directory(source: Source) -> dict[str, Member]:
     """The members of a zip by name. Raises FormatError for anything but an intact, uncompressed zip."""
     count, size, offset = _find_directory(source)
-    if size > _MAX_DIRECTORY or offset + size > source.size:
-        raise FormatError("zip directory lies outside the file; truncated?", file=source.label)
+    if size > _MAX_DIRECTORY:
+        raise FormatError(f"zip directory claims {size} bytes", file=source.label)
     raw = source.read(offset, size)
     members: dict[str, Member] = {}
     at = 0
@@ -94,14 +94,17 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
     _, _, _, _, count, size, offset, comment = END.unpack_from(tail, at)
     if at + END.size + comment != len(tail):
         raise FormatError("has bytes behind the end of the zip", file=source.label)
-    locator = tail_start + at - LOCATOR64.size
-    if (count == FULL_SHORT or FULL in (size, offset)) and locator >= 0:
-        magic, _, where, _ = LOCATOR64.unpack(source.read(locator, LOCATOR64.size))
+    end = tail_start + at
+    if end >= LOCATOR64.size:
+        magic, _, where, _ = LOCATOR64.unpack(source.read(end - LOCATOR64.size, LOCATOR64.size))
         if magic == b"PK\x06\x07":
             end64 = END64.unpack(source.read(where, END64.size))
-            if end64[0] != b"PK\x06\x06":
-                raise FormatError("Zip64 end record is damaged", file=source.label)
+            if end64[0] != b"PK\x06\x06" or where + 12 + end64[1] != end - LOCATOR64.size:
+                raise FormatError("Zip64 end record is damaged, or of another file", file=source.label)
             count, size, offset = end64[-3:]
+            end = where
+    if offset + size != end:
+        raise FormatError("zip directory is not where the file says; damaged or put together", file=source.label)
     return count, size, offset
 
 

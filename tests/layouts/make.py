@@ -59,6 +59,7 @@ class Dims(NamedTuple):
         }  # fmt: skip
 
 
+ODD = Dims()
 NANO = Dims(d=256, f=256, layers=2, heads=4, kv=2, hd=64, vocab=2048, experts=8)
 
 
@@ -113,7 +114,10 @@ def hf(tensors: Tensors, dims: Dims) -> Tensors:
         _, layer, rest = short.split(".", 2)
         if rest in ("attention.wq", "attention.wk"):
             heads = dims.heads if rest.endswith("q") else dims.kv
-            tensor = tensor.view(heads, dims.hd // 2, 2, dims.d).transpose(1, 2).reshape(heads * dims.hd, dims.d)
+            found[f"model.layers.{layer}.{names[rest]}.weight"] = (
+                tensor.view(heads, dims.hd // 2, 2, dims.d).transpose(1, 2).reshape(heads * dims.hd, dims.d)
+            )
+            continue
         new = names.get(rest) or rest.replace("feed_forward", "block_sparse_moe")
         found[f"model.layers.{layer}.{new}.weight"] = tensor.contiguous()
     return found
@@ -137,14 +141,14 @@ def write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document))
 
 
-def write_a(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = None, **options: Any) -> Path:
+def write_a(folder: Path, dims: Dims = ODD, tensors: Tensors | None = None, **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "params.json", dims.params())
     torch.save(torrent(dims) if tensors is None else tensors, folder / "consolidated.00.pth", **options)
     return folder
 
 
-def write_split(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = None, parts: int = 11) -> Path:
+def write_split(folder: Path, dims: Dims = ODD, tensors: Tensors | None = None, parts: int = 11) -> Path:
     raw = (write_a(folder, dims, tensors) / "consolidated.00.pth").read_bytes()
     (folder / "consolidated.00.pth").unlink()
     size = -(-len(raw) // parts)
@@ -153,7 +157,7 @@ def write_split(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = Non
     return folder
 
 
-def write_b(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = None, files: int = 8, turn: int = 0) -> Path:
+def write_b(folder: Path, dims: Dims = ODD, tensors: Tensors | None = None, files: int = 8, turn: int = 0) -> Path:
     """Tensors dealt over `files` files like cards, beginning with file `turn`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "params.json", dims.params())
@@ -164,7 +168,7 @@ def write_b(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = None, f
     return folder
 
 
-def write_c(folder: Path, dims: Dims = Dims(), tensors: Tensors | None = None) -> Path:
+def write_c(folder: Path, dims: Dims = ODD, tensors: Tensors | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "params.json", dims.params())
     save_file(torrent(dims) if tensors is None else tensors, folder / "consolidated.safetensors")
@@ -182,7 +186,7 @@ def shard(tensors: Tensors, stem: str, suffix: str, files: int) -> tuple[dict[st
     return shards, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def write_hf(folder: Path, tensors: Tensors, dims: Dims = Dims(), files: int = 3) -> Path:
+def write_hf(folder: Path, tensors: Tensors, dims: Dims = ODD, files: int = 3) -> Path:
     """Layout D or F, by the names of `tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dims.config())
@@ -193,7 +197,7 @@ def write_hf(folder: Path, tensors: Tensors, dims: Dims = Dims(), files: int = 3
     return folder
 
 
-def write_e(folder: Path, tensors: Tensors, dims: Dims = Dims(), files: int = 3) -> Path:
+def write_e(folder: Path, tensors: Tensors, dims: Dims = ODD, files: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dims.config())
     shards, index = shard(tensors, "pytorch_model", "bin", files)

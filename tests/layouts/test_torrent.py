@@ -36,7 +36,7 @@ def test_nano_split_in_11(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("files", "turn"), [(8, 0), (8, 5), (1, 0), (2, 1)])
 def test_nano_stacked_however_dealt(tmp_path: Path, files: int, turn: int) -> None:
-    """The right reading of w2 is the one that equals the tensors it was made from; the other passes every shape check."""
+    """A wrong reading of w2 passes every shape check; only the tensors it was made from tell."""
     checkpoint = open_checkpoint(make.write_b(tmp_path, make.NANO, nano(), files, turn))
     assert checkpoint.layout.letter == "B"
     make.assert_same(make.read_all(checkpoint), make.hf(nano(), make.NANO))

@@ -1,0 +1,85 @@
+"""Reading by offset, against the bytes that were written."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from mixtools import errors
+from mixtools.storage.source import Source
+
+
+@pytest.mark.parametrize("sizes", [[100], [10, 20, 70], [0, 1, 99], [50, 0, 0, 50], [99, 1, 0], [1] * 100])
+def test_parts_read_as_one(tmp_path: Path, sizes: list[int]) -> None:
+    data = random.Random(0).randbytes(100)
+    paths, at = [], 0
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / f"part{number}")
+        paths[-1].write_bytes(data[at : at + size])
+        at += size
+    source = Source(paths)
+    assert source.size == 100
+    for start in range(0, 101, 3):
+        for stop in range(start, 101, 7):
+            assert source.read(start, stop - start) == data[start:stop]
+    for offset, size in [(0, 101), (100, 1), (101, 0), (-1, 5), (0, -1), (1 << 70, 1)]:
+        with pytest.raises(errors.FormatError, match="ends too early"):
+            source.read(offset, size)
+    assert [entry[:2] for entry in source.fingerprint()] == [[p.name, s] for p, s in zip(paths, sizes, strict=True)]
+
+
+def test_threads_share_no_position(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(1 << 16)
+    (tmp_path / "x").write_bytes(data)
+    source = Source(tmp_path / "x")
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(500):
+            start = chance.randrange(1 << 16)
+            size = chance.randrange((1 << 16) - start)
+            if source.read(start, size) != data[start : start + size]:
+                wrong.append(start)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_file_that_shrinks(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100))
+    source = Source(tmp_path / "x")
+    os.truncate(tmp_path / "x", 50)
+    with pytest.raises(errors.FormatError, match="shrank"):
+        source.read(0, 100)
+
+
+def test_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(errors.InputError, match="not a regular file"):
+            Source(path)
+    with pytest.raises(errors.InputError, match="cannot be opened"):
+        Source(tmp_path / "none")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(errors.InputError, match="cannot be opened"):
+        Source(tmp_path / "loop")
+
+
+def test_no_file_is_left_open(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    files = Path("/dev/fd")
+    before = len(list(files.iterdir()))
+    for _ in range(5):
+        Source(tmp_path / "x").close()
+        with pytest.raises(errors.InputError):
+            Source([tmp_path / "x", tmp_path / "none"])
+    assert len(list(files.iterdir())) == before
