@@ -17,10 +17,12 @@ from ..names import Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import Bits, Entry, Store
 from .reader import Spec
-from .table import Layout, Piece, factor_names, to_canonical
+from .table import Layout, Op, Piece, factor_names, to_canonical
 
 if TYPE_CHECKING:
     import torch
+
+_STRIP = 4  # times `max_bytes`: a transposition is fastest in strips of about 16 MB
 
 
 @dataclass
@@ -63,7 +65,10 @@ class Checkpoint:
             return
         name, _, start, stop, op = self.piece(slot)
         entry = self.store.entries[name]
-        granule = math.lcm(granule, self.layout.granule(slot, self.config))  # lcm with 0, the whole, is 0
+        asked, granule = (
+            granule,
+            math.lcm(granule, self.layout.granule(slot, self.config)),
+        )  # lcm with 0, the whole, is 0
         if entry.strides is not None:
             granule = 0
         step = stop - start
@@ -73,7 +78,11 @@ class Checkpoint:
         for at in range(start, stop, step):
             end = min(at + step, stop)
             bits = self.store.read_rows(name, at, end, out=buffer[: end - at])
-            yield to_canonical(op, bits, self.config.head_dim)
+            if op is Op.TRANSPOSE:  # from memory, in strips: a second whole would cost more than their narrow reads
+                for part in _parts(bits.shape[1], bits.shape[0] * entry.dtype.itemsize, _STRIP * max_bytes, asked):
+                    yield to_canonical(op, bits[:, part], self.config.head_dim)
+            else:
+                yield to_canonical(op, bits, self.config.head_dim)
 
     def _product_blocks(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
         """As `blocks`, of A·B: multiplied whole in fp32 and rounded once, so that blocks do not change a bit."""
@@ -85,9 +94,8 @@ class Checkpoint:
         a, b = (torch.from_numpy(bits).view(dtype.torch()).float() for bits in signed)
         product = (a @ b).to(dtype.torch()).view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
         bits: Bits = product.view(f"u{dtype.itemsize}")
-        step = max(1, max_bytes // (bits.shape[1] * dtype.itemsize * granule)) * granule if granule else len(bits)
-        for at in range(0, len(bits), step):
-            yield bits[at : at + step]
+        for part in _parts(len(bits), bits.shape[1] * dtype.itemsize, max_bytes, granule):
+            yield bits[part]
 
     def bits(self, slot: Slot) -> Bits:
         """The whole tensor's bit patterns in canonical form, [rows, columns]; a vector is one row."""
@@ -119,6 +127,12 @@ class Checkpoint:
         for entry in self.store.entries.values():
             counts[entry.dtype] += entry.nbytes
         return dict(counts)
+
+
+def _parts(rows: int, row_bytes: int, max_bytes: int, granule: int) -> Iterator[slice]:
+    """Runs of a multiple of `granule` rows, each about `max_bytes`; 0 gives one run."""
+    step = max(1, max_bytes // (row_bytes * granule)) * granule if granule else rows
+    return (slice(at, at + step) for at in range(0, rows, step))
 
 
 def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
