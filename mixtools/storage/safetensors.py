@@ -19,7 +19,7 @@ from .source import Source
 from .store import Entry
 
 MAX_HEADER = 100_000_000
-_MAX_VALUES = 4_000_000  # in a header: 20 times 8x22B's; each costs up to 200 bytes of memory
+_MAX_VALUES = 2_000_000  # in a header: a hundred times 8x22B's; each costs up to 200 bytes of memory
 _MAX_DIMENSIONS = 64  # torch's own limit
 _DTYPES = {dtype.value: dtype for dtype in DType}
 
