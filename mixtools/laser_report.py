@@ -24,10 +24,11 @@ NAME = "laser-report"
 TEMPLATE = Path(__file__).with_name("laser_report.html")
 BINS = 64
 SHOWN = 12  # spectra drawn
-_WIDTH, _HEIGHT, _FOOT, _HEAD = 420, 170, 20, 30  # of a drawn spectrum, in its own units
+_WIDTH, _HEIGHT, _FOOT, _HEAD = 420, 180, 20, 40  # of a drawn spectrum, in its own units
 _CELL = 22
 _MARKS = (
     ("edge", "MP edge"), ("gavish_donoho", "Gavish-Donoho"), ("laserrmt_threshold", "laserrmt"),
+    ("smallest_kept", "kept from here"),
 )  # fmt: skip
 _COLUMNS = (
     "tensor", "layer", "expert", "target", "rows", "columns", "rank", "of", "share", "energy", "snr_laserrmt", "snr_mp",
@@ -41,6 +42,7 @@ def row(slot: Slot, tensor: str, report: Report, tokens: int | None = None) -> R
     """One matrix, ready for JSON. `tensor`: its name in the output; `tokens`: how many calibrated it."""
     place = {"tensor": tensor, "layer": slot.layer, "expert": slot.expert, "target": slot.role.value}
     found = {**place, **report.document(curves=False), "tokens": tokens, "histogram": histogram(report.spectrum)}
+    found["smallest_kept"] = float(report.spectrum[report.rank - 1]) if report.rank else None
     found["already_low_rank"] = bool(found["already_low_rank"])
     return found
 
@@ -88,7 +90,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     if starved := [row for row in rows if row["tokens"] is not None and row["tokens"] < row["of"]]:
         fewest = min(starved, key=lambda row: int(row["tokens"]))
         found.append(
-            f"{_matrices(starved)} saw fewer calibration tokens than it has directions (fewest {fewest['tokens']}, "
+            f"{_matrices(starved)} saw fewer calibration tokens than there are directions (fewest {fewest['tokens']}, "
             f"{fewest['tensor']}): take a longer text, or more --samples"
         )
     return found
@@ -194,7 +196,7 @@ def draw(row: Row) -> dict[str, Any]:
     ]  # fmt: skip
     marks.sort(key=lambda mark: mark["x"])
     for number, mark in enumerate(marks):
-        mark["y"] = 9 + 10 * (number % 3)
+        mark["y"] = 9 + 10 * (number % 4)
         mark["anchor"] = "end" if mark["x"] > 0.6 * _WIDTH else "start"
         mark["label_x"] = mark["x"] + (-3 if mark["anchor"] == "end" else 3)
     return {
