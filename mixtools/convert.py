@@ -68,8 +68,9 @@ class Unit(NamedTuple):
 class Job:
     """A conversion that is fully planned: sizes are known, nothing is written.
 
-    `changes`: the slots that are made anew; all others are copied. `record`: what beside `options` decides the bytes,
-    for journal and manifest. `report` gives, once all is written, the documents that tell of it.
+    `changes`: the slots that are made anew; all others are copied. `prepare` finds further ones, once the output is
+    open and can keep notes. `record`: what beside `options` decides the bytes, for journal and manifest. `report`
+    gives, once all is written, the documents that tell of it.
     """
 
     source: Checkpoint
@@ -80,6 +81,7 @@ class Job:
     last: Mapping[str, bytes]
     missing: tuple[str, ...] = ()  # what the output lacks because the source does, for the user to know
     changes: Mapping[Slot, Unit] = field(default_factory=dict)
+    prepare: Callable[[Output], Mapping[Slot, Unit]] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Output], Mapping[str, bytes]] | None = None
     label: str = "converting"
@@ -148,10 +150,11 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     key |= {"layout": job.layout.name, "mixtools": __version__, **job.record}
     with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
+        changes = {**job.changes, **(job.prepare(output) if job.prepare else {})}
         how.progress.start(job.label, total)
         how.progress.advance(output.done_bytes)
         resumed = output.done_bytes
-        units = {slot: job.changes.get(slot) or _copy(job, slot) for slot in job.source.slots()}
+        units = {slot: changes.get(slot) or _copy(job, slot) for slot in job.source.slots()}
         earlier = [slot for slot, unit in units.items() if output.done.keys() >= {*unit.regions}]
         write_units(units.values(), output, replace(how, jobs=min(how.jobs, job.jobs or how.jobs)))
         job.source.finish(earlier)

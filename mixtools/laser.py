@@ -219,7 +219,7 @@ def plan_laser(
     worker = Worker(source, method, device or torch.device("cpu"), calibration)
     stored = _factor_shapes(source, slots, known) if options.factored else {}
     job = convert.plan_hf(source, convert.Options(max_shard_bytes=options.max_shard_bytes), stored)
-    edit = _Edit(worker, options, known)
+    edit = Edit(worker, options, known)
     changes = {slot: edit.unit(slot, stored, job.plan) for slot in slots}
     told = {"laser": options.document(), **(record or {})}
     last = dict(job.last)
@@ -232,7 +232,9 @@ def plan_laser(
     )  # fmt: skip
 
 
-class _Edit(NamedTuple):
+class Edit(NamedTuple):
+    """How a chosen slot becomes what is written."""
+
     worker: Worker
     options: Options
     known: Survey | None

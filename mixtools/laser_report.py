@@ -134,7 +134,7 @@ def html(report: Mapping[str, Any]) -> str:
         options=options,
         rows=[{**dict.fromkeys(_COLUMNS), **row} for row in rows],
         calibrated=any(row["layer_error"] is not None for row in rows),
-        searched=any("accepted" in row for row in rows),
+        search=report.get("search"),
         maps=[heat_map(rows, target) for target in dict.fromkeys(row["target"] for row in rows)],
         spectra=[draw(row) for row in chosen(rows)],
     )

@@ -13,12 +13,14 @@ import pytest
 import scipy.linalg
 import torch
 
-from mixtools import calibrate, convert, laser
+from mixtools import calibrate, convert, laser, laser_search
+from mixtools.check import perplexity
 from mixtools.errors import ConfigError, InputError, LayoutError, SpectrumError, UsageError
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.methods import laser as method
 from mixtools.names import Role, Slot
+from mixtools.search import SearchOptions
 from mixtools.storage import output as storage_output
 from mixtools.stream import Stream
 from mixtools.tokenizer import Tokenizer
@@ -217,6 +219,43 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(
         fatal = 0
         reduce(open_checkpoint(NANO), out, options, jobs=1)
         assert files(out) == files(tmp_path / "whole"), moment
+
+
+def test_a_killed_search_goes_on_and_ends_in_the_same_bytes(
+    tmp_path: Path, nano: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = Tokenizer.from_folder(NANO).encode((DATA / "text.txt").read_text("utf-8"))
+    half = len(ids) // 2
+    windows = [perplexity.cut(part, ctx=64, bos_id=1) for part in (ids[:half], ids[half:])]
+    searched = SearchOptions(rank_rules=("energy=0.9", "mp"), margin=0.0)
+    asked = laser_search.Asked(searched, *windows, {"text": "a", "held_out_text": "b"})
+    options = laser.Options("0-1", "w2", "0-3")
+
+    def reduced(out: Path) -> None:
+        job = laser_search.plan_search(open_checkpoint(NANO), options, asked, dtype=torch.float32)
+        convert.run(job, out, convert.Run(jobs=1))
+
+    reduced(tmp_path / "whole")
+    report = laser.read_report(tmp_path / "whole")
+    assert 0 < report["search"]["accepted"] < len(report["search"]["candidates"]) == 8
+    for row in report["matrices"]:
+        assert row["accepted"] and row["delta_nll"] <= 0 and row["rank"] < row["of"]
+    note, notes = storage_output.Output.note, 0
+
+    def dying(self: storage_output.Output, name: str, found: Any) -> None:
+        nonlocal notes
+        notes += 1
+        if notes == fatal:
+            raise _Killed
+        note(self, name, found)
+
+    monkeypatch.setattr(storage_output.Output, "note", dying)
+    for fatal in (6, 9, 10):  # among the second layer's decisions, at the whole's, at the first matrix
+        out, notes = tmp_path / str(fatal), 0
+        with pytest.raises(_Killed):
+            reduced(out)
+        reduced(out)
+        assert files(out) == files(tmp_path / "whole"), fatal
 
 
 # --- what is told ---

@@ -13,6 +13,7 @@ from ..errors import MemoryBudgetError, OutputError, QuantizedError, UsageError
 from . import base
 
 if TYPE_CHECKING:
+    from .. import convert
     from .. import laser as engine
     from ..calibrate import Calibration
     from ..layouts.checkpoint import Checkpoint
@@ -28,6 +29,10 @@ Targets = Annotated[str, typer.Option("--targets", metavar="NAMES", help="Which 
 Experts = Annotated[str, typer.Option("--experts", metavar="WHICH", help="all, 0 or 0,3: for w1, w2, w3.")]
 Rule = Annotated[str, typer.Option("--rank-rule", metavar=RULES, help="Which singular values stay.")]
 Exact = Annotated[bool, typer.Option("--exact", help="A full SVD instead of the Gram matrix: for f32, and slow.")]
+Search = Annotated[
+    str | None, typer.Option("--search", metavar="gain|laserrmt", help="Keep only the edits that --text says help.")
+]
+HeldOut = Annotated[Path | None, typer.Option("--held-out", metavar="FILE", help="Another text, for the final figure.")]
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Calibration text, for layer errors.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Windows of the text.")]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=2, metavar="N", help="Tokens of a window.")]
@@ -50,7 +55,10 @@ class Calibrate(NamedTuple):
 
 def laser(
     src: base.Source, out: base.Out, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
-    rank_rule: Rule = "mp",
+    rank_rule: Annotated[
+        str | None, typer.Option("--rank-rule", metavar=RULES, help="Which singular values stay; mp. A search: all.")
+    ] = None,
+    search: Search = None, held_out: HeldOut = None,
     factored: Annotated[bool, typer.Option("--factored", help="Store two factors for each matrix, not one.")] = False,
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard.")] = "5GB",
@@ -68,20 +76,25 @@ def laser(
 
     base.check_device(device)
     shard = base.parse_size(max_shard_size, "--max-shard-size")
-    options = engine.Options(layers, targets, experts, rank_rule, factored, exact, shard)
+    options = engine.Options(layers, targets, experts, rank_rule or "mp", factored, exact, shard)
     machine = Machine(device, base.max_memory_bytes(max_memory), jobs, base.Screen(json, quiet))
+    _expect_consistent(search, text, held_out, rank_rule)
     source, slots = _open(src, out, options)
     options.method.rank_rule.require(text is not None)
     threads = _threads_within(source, slots, machine, calibrated=text is not None)
     if not dry_run:
         expect_free(out, overwrite)
-    calibration = _calibration(source, slots, Calibrate(text, samples, seq_len), machine)
-    record = {"calibration": calibration.text.record} if calibration else {}
+    how = Calibrate(text, samples, seq_len)
+    if search and not dry_run:
+        job = _search_job(source, options, (search, rank_rule), how, held_out, machine)
+        _carry_out(job, out, convert.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
+        return
+    calibration = None if search else _calibration(source, slots, how, machine)
     if dry_run:
-        document = _forecast(source, slots, options, threads, rebuild=True, calibration=record)
+        document = _forecast(source, slots, options, threads, rebuild=True, calibration=calibration)
         machine.screen.result(document, lambda: _tell_forecast(document))
         return
-    began = time.monotonic()
+    record = {"calibration": calibration.text.record} if calibration else {}
     known = None
     if (rank := engine.is_fixed(options.method)) is not None:
         known = engine.fixed_survey(source, slots, rank)  # a rank too high is told before anything is read
@@ -91,14 +104,7 @@ def laser(
     job = engine.plan_laser(
         source, options, known=known, calibration=calibration, device=base.find_device(device), record=record
     )
-    how = convert.Run(overwrite=overwrite, resume=resume, jobs=threads, progress=machine.screen.progress())
-    done = convert.run(job, out, how)
-    report = engine.read_report(out)
-    document = {
-        "output": str(out), **report, **done, "seconds": round(time.monotonic() - began, 3),
-        "peak_memory_bytes": base.peak_memory(),
-    }  # fmt: skip
-    machine.screen.result(document, lambda: _tell(document, source.folder, out))
+    _carry_out(job, out, convert.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
 
 
 def spectrum(
@@ -124,7 +130,7 @@ def spectrum(
     calibration = _calibration(source, slots, Calibrate(text, samples, seq_len), machine)
     record = {"calibration": calibration.text.record} if calibration else {}
     if dry_run:
-        document = _forecast(source, slots, options, 1, rebuild=False, calibration=record)
+        document = _forecast(source, slots, options, 1, rebuild=False, calibration=calibration)
         machine.screen.result(document, lambda: _tell_forecast(document))
         return
     if (rank := engine.is_fixed(options.method)) is not None:
@@ -138,6 +144,62 @@ def spectrum(
     seconds = round(time.monotonic() - began, 3)
     document = {"output": out and str(out), **report, "seconds": seconds, "peak_memory_bytes": base.peak_memory()}
     machine.screen.result(document, lambda: _tell_spectrum(document, out))
+
+
+def _carry_out(job: convert.Job, out: Path, how: convert.Run, screen: base.Screen) -> None:
+    from .. import convert
+    from .. import laser as engine
+
+    began = time.monotonic()
+    done = convert.run(job, out, how)
+    document = {
+        "output": str(out), **engine.read_report(out), **done, "seconds": round(time.monotonic() - began, 3),
+        "peak_memory_bytes": base.peak_memory(),
+    }  # fmt: skip
+    screen.result(document, lambda: _tell(document, job.source.folder, out))
+
+
+def _expect_consistent(search: str | None, text: Path | None, held_out: Path | None, rule: str | None) -> None:
+    if search is None and held_out is not None:
+        raise UsageError("--held-out is the text of a search's final figure; give it with --search")
+    if search is not None and (text is None or held_out is None):
+        raise UsageError("--search needs --text FILE to choose by and --held-out FILE for the final figure")
+    if search == "laserrmt" and rule not in (None, "laserrmt"):
+        raise UsageError("--search laserrmt takes LaserRMT's own threshold; leave out --rank-rule")
+
+
+def _search_job(
+    source: Checkpoint, options: engine.Options, chosen: tuple[str, str | None], how: Calibrate,
+    held_out: Path | None, machine: Machine,
+) -> convert.Job:  # fmt: skip
+    """`chosen`: the search's method, and the one rank rule that was asked for, if any."""
+    import hashlib
+
+    from ..check import judge, perplexity
+    from ..laser_search import Asked, plan_search
+    from ..search import SearchOptions
+    from ..tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(source.folder)
+    tokenizer.check_vocab(source.config)
+    windows: list[perplexity.Windows] = []
+    texts: dict[str, Any] = {"samples": how.samples, "seq_len": how.seq_len}
+    for name, file in (("text", how.text), ("held_out_text", held_out)):
+        assert file is not None  # _expect_consistent
+        content = perplexity.read_text(file)
+        ids = tokenizer.encode(content)
+        most = how.samples * how.seq_len
+        windows.append(perplexity.cut(ids, ctx=how.seq_len, bos_id=tokenizer.bos_id, max_tokens=most))
+        texts[name] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    method, rule = chosen
+    search = SearchOptions(method) if rule is None or method == "laserrmt" else SearchOptions(method, (rule,))
+    asked = Asked(search, windows[0], windows[1], texts)
+    where = base.find_device(machine.device)
+    limit = machine.max_memory if machine.max_memory is not None else base.available_memory()
+    return plan_search(
+        source, options, asked, device=where, dtype=judge.main_dtype(source), max_memory=limit,
+        progress=machine.screen.progress(),
+    )  # fmt: skip
 
 
 def _open(src: str, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
@@ -160,11 +222,13 @@ def _open(src: str, out: Path | None, options: engine.Options) -> tuple[Checkpoi
 
 def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, calibrated: bool) -> int:
     """As many as asked for and as fit; one decomposes, the others copy."""
+    from .. import calibrate
     from .. import laser as engine
     from ..storage.store import CHUNK
 
     limit, copier = machine.max_memory, 8 * CHUNK
     need = BASE_MEMORY + engine.memory_bytes(source, slots, calibrated)
+    need += calibrate.moment_bytes(source.config, slots) if calibrated else 0
     if limit is None:
         return machine.jobs
     if limit < need:
@@ -189,7 +253,7 @@ def _calibration(source: Checkpoint, slots: list[Slot], how: Calibrate, machine:
     text = calibrate.cut(ids, how.samples, how.seq_len, tokenizer.bos_id)
     dtypes = source.bytes_by_dtype()
     dtype = max(dtypes, key=dtypes.__getitem__).torch()
-    limit = machine.max_memory if machine.max_memory is not None else base.available_memory()
+    limit = base.available_memory() if machine.max_memory is None else machine.max_memory - BASE_MEMORY
     stream = Stream(source, base.find_device(machine.device), dtype, max_memory=limit)
     stream.reserved = calibrate.moment_bytes(source.config, slots)
     stream.plan([len(ids) for ids in text.sequences])  # what does not fit is told before anything is read
@@ -210,19 +274,22 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 def _forecast(
     source: Checkpoint, slots: list[Slot], options: engine.Options, threads: int, *, rebuild: bool,
-    calibration: dict[str, Any],
+    calibration: Calibration | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Memory is an upper bound (without the layer that calibrates); time is shapes over a measured rate."""
+    """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
     from .. import convert
     from .. import laser as engine
 
-    calibrated = bool(calibration)
+    memory = BASE_MEMORY + engine.memory_bytes(source, slots, calibration is not None)
+    if calibration:
+        memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
+    record = {"calibration": calibration.text.record} if calibration else {}
     size = convert.plan_hf(source, convert.Options()).plan.total_bytes if rebuild else 0
     seconds = engine.forecast_seconds(source, slots, rebuild, time.perf_counter)
     document: dict[str, Any] = {
-        "dry_run": True, "laser": options.document(), **calibration, "matrices": len(slots),
+        "dry_run": True, "laser": options.document(), **record, "matrices": len(slots),
         "targets": engine.role_counts(slots), "bytes": size, "seconds": round(seconds, 1),
-        "peak_memory_bytes": BASE_MEMORY + engine.memory_bytes(source, slots, calibrated), "jobs": threads,
+        "peak_memory_bytes": memory, "jobs": threads,
     }  # fmt: skip
     return document
 
@@ -250,8 +317,15 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _tell(document: dict[str, Any], source: Path, out: Path) -> Iterator[str]:
-    yield from _table(document["matrices"])
+    if document["matrices"]:
+        yield from _table(document["matrices"])
     yield from (f"note: {remark}" for remark in document["remarks"])
+    if "search" in document:
+        figure, chosen = document["search"]["held_out"], document["search"]
+        yield f"accepted {chosen['accepted']} of {len(chosen['candidates'])} candidates"
+        ratio = f"ln ratio {figure['ln_ratio']:+.5f} ± {figure['stderr']:.5f}"
+        before, after = figure["perplexity_before"], figure["perplexity_after"]
+        yield f"perplexity of the held-out text: {before:.4f} -> {after:.4f} ({ratio})"
     size, memory = base.human_bytes(document["bytes"]), base.human_bytes(document["peak_memory_bytes"])
     seconds = base.human_time(document["seconds"])
     yield f"wrote {document['tensors']} tensors, {size}, in {seconds} (peak memory {memory})"
