@@ -17,6 +17,7 @@ import torch
 from ..check.perplexity import Windows
 from ..errors import UsageError
 from ..layouts.reader import Reader
+from ..linalg.rules import Fixed, parse_rule
 from ..names import ATTENTION, EXPERT, Slot
 from ..progress import Progress, Silent
 from . import laserrmt
@@ -51,7 +52,8 @@ def search(
     layer. Raises UsageError, before a weight is read, for slots that cannot be edited, texts of a single window, and
     texts that share a window; SpectrumError for a weight with NaN; MemoryBudgetError, DiskError as Stream.hidden.
     """
-    _check(reader, slots, text, held_out)
+    _check(reader, slots, options)
+    _check_texts(text, held_out)
     device, progress = torch.device(device), progress or Silent()
     known = {row.slot: row for row in done}
     rows: dict[Slot, Row] = {}
@@ -84,7 +86,7 @@ def search(
     return SearchResult(edits, tuple(rows.values()), figure, bench.layer_passes, tuple(bench.remarks))
 
 
-def _check(reader: Reader, slots: Sequence[Slot], text: Windows, held_out: Windows) -> None:
+def _check(reader: Reader, slots: Sequence[Slot], options: SearchOptions) -> None:
     there = set(reader.slots())
     if not slots:
         raise UsageError("no matrix is left to search among")
@@ -95,6 +97,16 @@ def _check(reader: Reader, slots: Sequence[Slot], text: Windows, held_out: Windo
             raise UsageError(f"{slot} is not in this model")
         if slot.role not in (*ATTENTION, *EXPERT):
             raise UsageError(f"{slot} is not a matrix that LASER touches")
+    if options.method != "gain":
+        return
+    smallest = min(slots, key=lambda slot: min(reader.config.shape(slot.role)))
+    rows, cols = reader.config.shape(smallest.role)
+    for rule in map(parse_rule, options.rank_rules):
+        if isinstance(rule, Fixed) and rule.count > min(rows, cols):
+            raise UsageError(f"rank rule {rule}: {smallest} is {rows}x{cols} and has rank {min(rows, cols)} at most")
+
+
+def _check_texts(text: Windows, held_out: Windows) -> None:
     for name, windows in (("text", text), ("held-out text", held_out)):
         if len(windows.sequences) < 2:
             raise UsageError(

@@ -106,7 +106,7 @@ class _LayerSearch:
             candidate.trials[rank] = dataclasses.replace(candidate.trials[rank], delta_nll=delta, stderr=error)
         for candidate in candidates:
             if candidate.row is None and self._best(candidate) is None:
-                candidate.reject(f"no gain beyond {self.options.margin:g} standard errors")
+                candidate.reject(f"no gain of {_errors(self.options.margin)} or more")
 
     def _best(self, candidate: _Candidate) -> Trial | None:
         """The trial of the lowest -ln p among those that help; of equals, the lowest rank."""
@@ -142,4 +142,8 @@ class _LayerSearch:
 
 def _gained(trial: Trial, margin: float) -> str:
     change = f"{-(trial.delta_nll or 0.0):.3g} ± {trial.stderr or 0.0:.2g}"
-    return f"gains {change} a token, more than {margin:g} standard errors"
+    return f"gains {change} a token: {_errors(margin)} or more"
+
+
+def _errors(margin: float) -> str:
+    return f"{margin:g} standard error{'' if margin == 1 else 's'}"
