@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import MemoryBudgetError, OutputError, QuantizedError, UsageError
+from ..errors import MemoryBudgetError, OutputError, OutputExists, QuantizedError, UsageError
 from . import base
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def laser(
         return
     calibration = None if search else _calibration(source, slots, how, machine)
     if dry_run:
-        document = _forecast(source, slots, options, threads, rebuild=True, calibration=calibration)
+        document = _forecast(source, slots, options, threads, rebuild=True, calibration=calibration, search=search)
         machine.screen.result(document, lambda: _tell_forecast(document))
         return
     record = {"calibration": calibration.text.record} if calibration else {}
@@ -111,7 +111,9 @@ def spectrum(
     src: base.Source, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all", rank_rule: Rule = "mp",
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the report there.")] = None,
-    dry_run: base.DryRun = False, max_memory: base.MaxMemory = None, device: base.Device = "auto",
+    dry_run: base.DryRun = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report in DIR.")] = False,
+    max_memory: base.MaxMemory = None, device: base.Device = "auto",
     json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False,
 ) -> None:  # fmt: skip
     """Singular values of weight matrices: what `laser` would keep, without writing a weight.
@@ -127,6 +129,8 @@ def spectrum(
     source, slots = _open(src, out, options)
     options.method.rank_rule.require(text is not None)
     _threads_within(source, slots, machine, calibrated=text is not None)
+    if out is not None and not overwrite and (found := out / f"{laser_report.NAME}.json").exists():
+        raise OutputExists("is there already, maybe that of a checkpoint; --overwrite replaces it", file=found)
     calibration = _calibration(source, slots, Calibrate(text, samples, seq_len), machine)
     record = {"calibration": calibration.text.record} if calibration else {}
     if dry_run:
@@ -274,7 +278,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 def _forecast(
     source: Checkpoint, slots: list[Slot], options: engine.Options, threads: int, *, rebuild: bool,
-    calibration: Calibration | None,
+    calibration: Calibration | None, search: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
     from .. import convert
@@ -287,7 +291,7 @@ def _forecast(
     size = convert.plan_hf(source, convert.Options()).plan.total_bytes if rebuild else 0
     seconds = engine.forecast_seconds(source, slots, rebuild, time.perf_counter)
     document: dict[str, Any] = {
-        "dry_run": True, "laser": options.document(), **record, "matrices": len(slots),
+        "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),
         "targets": engine.role_counts(slots), "bytes": size, "seconds": round(seconds, 1),
         "peak_memory_bytes": memory, "jobs": threads,
     }  # fmt: skip
@@ -300,6 +304,8 @@ def _tell_forecast(document: dict[str, Any]) -> Iterator[str]:
     yield f"would decompose {document['matrices']} matrices ({targets}) by {document['laser']['rank_rule']}{written}"
     memory, seconds = base.human_bytes(document["peak_memory_bytes"]), base.human_time(document["seconds"])
     yield f"memory at most {memory}; about {seconds} of arithmetic"
+    if document["search"]:
+        yield f"a search ({document['search']}) comes first: its passes over the text are not counted here"
     if "calibration" in document:
         yield f"before that, {document['calibration']['tokens']} calibration tokens go through the layers"
 

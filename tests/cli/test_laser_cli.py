@@ -87,6 +87,7 @@ def test_spectrum_tells_what_laser_would_do(tmp_path: Path, capsys: pytest.Captu
     seen = document(capsys, "spectrum", NANO, *W2, "--rank-rule", "gavish-donoho", "--out", tmp_path / "seen")
     done = document(capsys, "laser", NANO, tmp_path / "out", *W2, "--rank-rule", "gavish-donoho")
     assert sorted(path.suffix for path in (tmp_path / "seen").iterdir()) == [".csv", ".html", ".json"]
+    assert refused(capsys, "spectrum", NANO, *W2, "--out", tmp_path / "out")[0] == 8  # the checkpoint's own report
     for row, other in zip(seen["matrices"], done["matrices"], strict=True):
         assert row["rank"] == other["rank"]
         assert row["energy"] == pytest.approx(other["energy"], rel=1e-9)
