@@ -1,4 +1,4 @@
-"""What a CPU does faster when it is asked the right way: memory in huge pages, fp32 products by bf16 instructions."""
+"""What a CPU does faster when it is asked the right way: memory in huge pages, fp32 products by oneDNN."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def empty(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
 
 @contextmanager
 def bf16_products(weight: Tensor) -> Iterator[None]:
-    """fp32 products within: of values that are bf16's own (as `weight` is), summed in fp32, twice as fast.
+    """fp32 products within: of values that are bf16's own (as `weight` is), summed in fp32.
 
-    Nothing is rounded that was not before. Does nothing for other dtypes and devices, and before torch 2.9.
+    Allowed to use bf16 instructions, torch hands the product to oneDNN. Nothing is rounded that was not before, and it
+    is two to three times as fast as MKL on an AMD EPYC even where oneDNN stays with fp32 instructions. Does nothing
+    for other dtypes and devices, and before torch 2.9.
     """
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     if setting is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":

@@ -17,20 +17,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import budget
 from .config import MixtralConfig
 from .errors import InputError, MemoryBudgetError
-from .layouts.reader import Reader
+from .layouts.reader import Reader, Spec
 from .model import HEAD_ROWS, Embedding, Head, Layer, Observer, Span, span
 from .names import Role, Slot, layer_slots
 from .progress import Progress, Silent
 from .states import States, size
+from .storage.store import CHUNK, Bits
 
-PASS_TOKENS = {"cpu": 2048}  # enough for every expert's products to be bound by arithmetic
+PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
 PASS_TOKENS_ACCELERATOR = 8192
 LOGIT_ROWS = 1024  # rows of logits at once; the head is widened to fp32 anew for each such chunk
 
@@ -168,19 +171,14 @@ class Stream:
             return
         spare = [Layer(self.config, first, self.device, self.dtype) for _ in range(2 if double else 1)]
         with ThreadPoolExecutor(1, "mixtools-reader") as reader:
-
-            def fill(layer: Layer, index: int) -> Layer:
-                layer.fill(self.reader, index)
-                return layer
-
-            coming: Future[Layer] = reader.submit(fill, spare[0], first)
+            coming: Future[Layer] = reader.submit(fill, spare[0], self.reader, first)
             for index in range(first, stop):
                 layer = coming.result()
                 if double and index + 1 < stop:
-                    coming = reader.submit(fill, spare[(index + 1 - first) % 2], index + 1)
+                    coming = reader.submit(fill, spare[(index + 1 - first) % 2], self.reader, index + 1)
                 yield layer
                 if not double and index + 1 < stop:
-                    coming = reader.submit(fill, spare[0], index + 1)
+                    coming = reader.submit(fill, spare[0], self.reader, index + 1)
 
     def through(
         self,
@@ -221,6 +219,38 @@ class Stream:
         if length not in self._spans:
             self._spans[length] = span(self.config, length, self.device)
         return self._spans[length]
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """A reader that gives a tensor in runs of rows; a block is valid until the next is asked for."""
+
+    def spec(self, slot: Slot) -> Spec: ...
+
+    def blocks(self, slot: Slot, max_bytes: int) -> Iterator[Bits]: ...
+
+
+def fill(layer: Layer, reader: Reader, index: int) -> Layer:
+    """Make `layer` the one of that index.
+
+    From a file on a CPU in blocks that stay in the cache on their way into place: half the work of whole tensors, and
+    none of it by torch, whose threads are busy with the layer before.
+    """
+    if not isinstance(reader, Blocks) or layer.down.device.type != "cpu":
+        layer.fill(reader, index)
+        return layer
+    layer.index = index
+    for slot in layer_slots(index, layer.config.num_experts):
+        weight, spec = layer.weight(slot), reader.spec(slot)
+        if spec.dtype.torch() != weight.dtype:
+            weight.copy_(reader.read(slot))
+            continue
+        rows = weight.view(torch.uint8).numpy().reshape(-1, weight.shape[-1] * spec.dtype.itemsize)
+        at = 0
+        for block in reader.blocks(slot, CHUNK):
+            rows[at : at + len(block)] = block.view(np.uint8)
+            at += len(block)
+    return layer
 
 
 def _remarks(plan: Plan, states: States) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from itertools import accumulate
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtral_oracle import SHAPES, of_range, read_nano, transformers_model
+from mixtral_oracle import NANO, SHAPES, of_range, read_nano, transformers_model
 from torch.profiler import ProfilerActivity, profile
 
 from mixtools import host
 from mixtools import states as states_module
+from mixtools import stream as stream_module
 from mixtools.errors import DiskError, InputError, MemoryBudgetError, TensorError
+from mixtools.layouts.detect import open_checkpoint
 from mixtools.layouts.memory import MemoryReader, random_reader
-from mixtools.model import Mixtral
-from mixtools.names import Role, Slot
+from mixtools.model import Layer, Mixtral
+from mixtools.names import Role, Slot, layer_slots
 from mixtools.states import States
 from mixtools.stream import Stream, passes
 
@@ -239,3 +242,35 @@ def test_progress_counts_every_token_of_every_layer(nano, tmp_path):
     assert "two layers do not fit" in label
     assert (total, unit, told[-1]) == (130, "tok", "end")
     assert sum(told[1:-1]) == 130
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory) -> Path:
+    """Nano as layout B: experts stacked, w2 transposed. Written with torch.save, from the format's page."""
+    folder = tmp_path_factory.mktemp("stacked")
+    stored = torch.load(NANO / "consolidated.00.pth", weights_only=True)
+    tensors = {name: tensor for name, tensor in stored.items() if ".feed_forward." not in name}
+    for layer in range(2):
+        old, new = f"layers.{layer}.feed_forward", f"layers.{layer}.block_sparse_moe"
+        tensors[f"{new}.gate.weight"] = stored[f"{old}.gate.weight"]
+        for part in ("w1", "w2", "w3"):
+            experts = [stored[f"{old}.experts.{expert}.{part}.weight"] for expert in range(8)]
+            tensors[f"{new}.{part}"] = torch.cat([w.T if part == "w2" else w for w in experts]).contiguous()
+    torch.save(tensors, folder / "consolidated.00.pt")
+    shutil.copy(NANO / "params.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_files_are_read_into_place_in_blocks(nano, stacked, dtype, monkeypatch):
+    """Rotary rows, transposed experts, another dtype: as from whole tensors, whatever the size of a block."""
+    for folder in (NANO, stacked):
+        for size in (1 << 12, 1 << 22):
+            monkeypatch.setattr(stream_module, "CHUNK", size)
+            checkpoint = open_checkpoint(folder)
+            assert isinstance(checkpoint, stream_module.Blocks)
+            filled = stream_module.fill(Layer(nano.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
+            expected = Layer.load(nano, 1, torch.device("cpu"), dtype)
+            assert filled.index == 1
+            for slot in layer_slots(1, 8):
+                assert torch.equal(filled.weight(slot), expected.weight(slot)), slot
