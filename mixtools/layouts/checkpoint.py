@@ -115,12 +115,15 @@ class Checkpoint:
         `earlier`: slots that were read then. One that has a record to itself was judged then; a part of a
         stacked tensor, or a view of a larger storage, was not.
         """
-        self.store.finish(self.piece(slot).name for slot in earlier if not self._fills_record(slot))
+        read = [pair for slot in earlier for pair in self._read_sizes(slot)]
+        self.store.finish(entry.name for entry, size in read if entry.record and entry.record.size != size)
 
-    def _fills_record(self, slot: Slot) -> bool:
-        entry = self.entry(slot)
-        size = math.prod(self.config.shape(slot.role)) * entry.dtype.itemsize
-        return entry.record is None or entry.record.size == size
+    def _read_sizes(self, slot: Slot) -> Iterator[tuple[Entry, int]]:
+        """The stored tensors that a reading of the slot reads, and how many bytes of each."""
+        name, _, start, stop, _ = self.piece(slot)
+        factored = self.is_factored(slot)
+        for entry in map(self.store.entries.__getitem__, factor_names(name) if factored else [name]):
+            yield entry, entry.nbytes if factored else (stop - start) * entry.row_bytes
 
     def bytes_by_dtype(self) -> dict[DType, int]:
         counts: Counter[DType] = Counter()
