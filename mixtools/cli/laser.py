@@ -300,7 +300,8 @@ def _forecast(
 
 def _tell_forecast(document: dict[str, Any]) -> Iterator[str]:
     targets = ", ".join(f"{n} {name}" for name, n in document["targets"].items())
-    written = f", and write {base.human_bytes(document['bytes'])}" if document["bytes"] else ""
+    most = "at most " if document["laser"]["factored"] else ""
+    written = f", and write {most}{base.human_bytes(document['bytes'])}" if document["bytes"] else ""
     yield f"would decompose {document['matrices']} matrices ({targets}) by {document['laser']['rank_rule']}{written}"
     memory, seconds = base.human_bytes(document["peak_memory_bytes"]), base.human_time(document["seconds"])
     yield f"memory at most {memory}; about {seconds} of arithmetic"
