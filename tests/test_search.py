@@ -232,6 +232,13 @@ def test_layer_passes_are_what_runs(monkeypatch):
     text, held_out = (windows.ctx * len(windows.sequences) for windows in texts())
     figure = 2 * (2 if result.edits else 1)  # two layers, before and after
     assert tokens[0] == (result.layer_passes - figure) * text + figure * held_out
+    # what the module promises: layer 0 on the way, the model as it is, then each layer's moments, trials and joint sets
+    promised = 1 + 1
+    for row, depth in zip(result.rows, (1, 2), strict=True):
+        tried = [trial for trial in row.trials if trial.delta_nll is not None]
+        helps = any(trial.delta_nll < 0 for trial in tried)
+        promised += 1 + (len(tried) + helps) * depth
+    assert result.layer_passes == promised + figure
 
 
 # --- LaserRMT's way ---

@@ -238,6 +238,7 @@ class Bench:
         before = measure(self.stream, held_out)
         self.reader.edits = self.edits
         after = measure(self.stream, held_out) if self.edits else before
+        self.remarks += [remark for remark in before.remarks if remark not in self.remarks]
         self.layer_passes += self.stream.config.num_layers * (2 if self.edits else 1)
         ln_ratio, error = paired(before.nll, after.nll, held_out.counts())
         return Figure(len(before.nll), before.perplexity, after.perplexity, ln_ratio, error)

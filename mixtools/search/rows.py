@@ -20,9 +20,10 @@ class SearchOptions:
 
     method: `gain`, or `laserrmt` for LaserRMT's published way. Of `gain` alone: rank_rules, whose ranks are tried;
     max_error, the largest share of the layer's output energy that a rank may lose and still be evaluated; margin, how
-    many standard errors the text must gain before an edit stays; min_tokens, below which a matrix is starved: too few
-    tokens reach it to judge an edit. Of `laserrmt` alone: lowest, how many matrices of lowest SNR are tried.
-    batch: edits that are evaluated at once, at most; memory may make them fewer.
+    many standard errors the text must gain before an edit stays (at 1, one in six edits without any effect passes by
+    chance: with many candidates ask for 2 or 3); min_tokens, below which a matrix is starved: too few tokens reach it
+    to judge an edit. Of `laserrmt` alone: lowest, how many matrices of lowest SNR are tried. batch: edits that
+    are evaluated at once, at most; memory may make them fewer.
     """
 
     method: str = "gain"
