@@ -290,8 +290,8 @@ def _factor_shapes(
 
 
 def _refusing(config: bytes) -> bytes:
-    """config.json for factors. A quantization_config without quant_method makes transformers and vLLM stop; with one
-    that they do not know, transformers goes on, and fills the matrices it does not find with random numbers.
+    """config.json for factors. A quantization_config without quant_method makes transformers stop; with one that it
+    does not know, transformers goes on, and fills the matrices it does not find with random numbers.
     """
     about = "some matrices are stored as factors weight_a, weight_b; `mixtools convert to-hf` multiplies them"
     return laser_report.merged(config, {"quantization_config": {"format": FACTORED, "about": about}})
