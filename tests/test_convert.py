@@ -404,7 +404,7 @@ from pathlib import Path
 from mixtools import convert
 from mixtools.layouts.detect import open_checkpoint
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-convert.CHUNK = 4096
+convert.CHUNK = 1 << 16
 os.fsync = lambda file: None  # waits for the disk, which a killed process leaves in order anyway
 
 def go(out):
