@@ -42,13 +42,14 @@ def main() -> None:
     experts = f"{config['num_layers']} layers x {config['num_experts']} experts"
     same = f"{proof['generation']['identical']} of {proof['generation']['prompts']} continuations identical"
     perplexity = proof["perplexity"]
+    verdict = "PASSED" if proof["passed"] else "FAILED"
+    ppl = f"perplexity {perplexity['source']:.4f} -> {perplexity['output']:.4f}"
     rows = [
-        ("inspect", inspecting, f"{found['title']}, {found['parameters']:,} parameters, {experts}, every byte verified"),
-        ("convert", converting, f"{done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB -> {', '.join(done['files'])}"),
-        ("check", checking, f"{'PASSED' if proof['passed'] else 'FAILED'}: perplexity {perplexity['source']:.4f} -> "
-                            f"{perplexity['output']:.4f}, KLD {proof['kld']['mean']:.1e}, {same}"),
+        ("inspect", inspecting, f"{found['title']}, {found['parameters']:,} parameters, {experts}, every byte read"),
+        ("convert", converting, f"{done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB -> {done['files'][0]}"),
+        ("check", checking, f"{verdict}: {ppl}, KLD {proof['kld']['mean']:.1e}, {same}"),
         ("generate", generating, f"{PROMPT}{said['text']}".replace("\n", " ")),
-    ]  # fmt: skip
+    ]
     print()
     for name, seconds, what in rows:
         print(f"{name:<9} {seconds:5.1f} s  {what}")

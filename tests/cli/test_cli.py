@@ -224,7 +224,9 @@ def test_an_interrupt_is_exit_130_and_the_same_command_continues(tmp_path: Path)
 def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "mixtools", "convert", "torrent-to-hf", str(NANO), str(tmp_path / "out")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, check=True, env={**os.environ, "TERM": "xterm"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=slave, check=True, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(slave)
     assert b"converting" in os.read(master, 1 << 16)
     os.close(master)
