@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from .storage.store import CHUNK, Bits
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 TOKENIZER = "tokenizer.model"
 MAX_DOCUMENT = 64 << 20
+# what lies beside every output made within: the recipe, whatever command its step calls
+ENCLOSED: ContextVar[Mapping[str, bytes]] = ContextVar("enclosed", default={})  # noqa: B039, nobody changes it
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
         }
         record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
         told = job.report(output) if job.report else {}
-        output.commit({**job.documents, **told, manifest.NAME: record}, job.last)
+        output.commit({**job.documents, **told, **ENCLOSED.get(), manifest.NAME: record}, job.last)
     return {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed, "missing": list(job.missing)}
 
 

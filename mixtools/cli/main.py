@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MemoryBudgetError, MixtoolsError, UsageError
-from . import check, convert, doctor, generate, inspect, laser, perplexity
+from . import check, convert, doctor, generate, inspect, laser, perplexity, recipe
 
 app = typer.Typer(
     name="mixtools",
@@ -30,6 +30,8 @@ app.command()(perplexity.perplexity)
 app.command()(check.check)
 app.command()(laser.laser)
 app.command()(laser.spectrum)
+app.command()(recipe.run)
+app.add_typer(recipe.app, name="recipe")
 app.command()(generate.generate)
 app.command()(doctor.doctor)
 
