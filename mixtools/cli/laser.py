@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..calibrate import Calibration
     from ..layouts.checkpoint import Checkpoint
     from ..names import Slot
+    from ..search import SearchOptions
 
 ALL_TARGETS = "w1,w2,w3,q,k,v,o"
 RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
@@ -31,6 +33,10 @@ Rule = Annotated[str, typer.Option("--rank-rule", metavar=RULES, help="Which sin
 Exact = Annotated[bool, typer.Option("--exact", help="A full SVD instead of the Gram matrix: for f32, and slow.")]
 Search = Annotated[
     str | None, typer.Option("--search", metavar="gain|laserrmt", help="Keep only the edits that --text says help.")
+]
+Margin = Annotated[
+    float,
+    typer.Option("--margin", min=0, metavar="N", help="--search gain: standard errors an edit must gain."),
 ]
 HeldOut = Annotated[Path | None, typer.Option("--held-out", metavar="FILE", help="Another text, for the final figure.")]
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Calibration text, for layer errors.")]
@@ -58,7 +64,7 @@ def laser(
     rank_rule: Annotated[
         str | None, typer.Option("--rank-rule", metavar=RULES, help="Which singular values stay; mp. A search: all.")
     ] = None,
-    search: Search = None, held_out: HeldOut = None,
+    search: Search = None, margin: Margin = 2.0, held_out: HeldOut = None,
     factored: Annotated[bool, typer.Option("--factored", help="Store two factors for each matrix, not one.")] = False,
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard.")] = "5GB",
@@ -72,6 +78,7 @@ def laser(
     """
     from .. import convert
     from .. import laser as engine
+    from ..search import SearchOptions
     from ..storage.output import expect_free
 
     base.check_device(device)
@@ -86,7 +93,10 @@ def laser(
         expect_free(out, overwrite)
     how = Calibrate(text, samples, seq_len)
     if search and not dry_run:
-        job = _search_job(source, options, (search, rank_rule), how, held_out, machine)
+        asked = SearchOptions(search, margin=margin)
+        if rank_rule is not None:
+            asked = replace(asked, rank_rules=(rank_rule,))
+        job = _search_job(source, options, asked, how, held_out, machine)
         _carry_out(job, out, convert.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
         return
     calibration = None if search else _calibration(source, slots, how, machine)
@@ -173,15 +183,14 @@ def _expect_consistent(search: str | None, text: Path | None, held_out: Path | N
 
 
 def _search_job(
-    source: Checkpoint, options: engine.Options, chosen: tuple[str, str | None], how: Calibrate,
+    source: Checkpoint, options: engine.Options, search: SearchOptions, how: Calibrate,
     held_out: Path | None, machine: Machine,
 ) -> convert.Job:  # fmt: skip
-    """`chosen`: the search's method, and the one rank rule that was asked for, if any."""
+    """The two texts cut into windows, and the job that searches on them."""
     import hashlib
 
     from ..check import judge, perplexity
     from ..laser_search import Asked, plan_search
-    from ..search import SearchOptions
     from ..tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source.folder)
@@ -195,8 +204,6 @@ def _search_job(
         most = how.samples * how.seq_len
         windows.append(perplexity.cut(ids, ctx=how.seq_len, bos_id=tokenizer.bos_id, max_tokens=most))
         texts[name] = hashlib.sha256(content.encode()).hexdigest()[:16]
-    method, rule = chosen
-    search = SearchOptions(method) if rule is None or method == "laserrmt" else SearchOptions(method, (rule,))
     asked = Asked(search, windows[0], windows[1], texts)
     where = base.find_device(machine.device)
     limit = machine.max_memory if machine.max_memory is not None else base.available_memory()

@@ -20,8 +20,8 @@ class SearchOptions:
 
     method: `gain`, or `laserrmt` for LaserRMT's published way. Of `gain` alone: rank_rules, whose ranks are tried;
     max_error, the largest share of the layer's output energy that a rank may lose and still be evaluated; margin, how
-    many standard errors the text must gain before an edit stays (at 1, one in six edits without any effect passes by
-    chance: with many candidates ask for 2 or 3); min_tokens, below which a matrix is starved: too few tokens reach it
+    many standard errors the text must gain before an edit stays (by chance one edit in 6 without any effect passes at
+    1, one in 44 at 2, one in 740 at 3); min_tokens, below which a matrix is starved: too few tokens reach it
     to judge an edit. Of `laserrmt` alone: lowest, how many matrices of lowest SNR are tried. batch: edits that
     are evaluated at once, at most; memory may make them fewer.
     """
@@ -29,7 +29,7 @@ class SearchOptions:
     method: str = "gain"
     rank_rules: tuple[str, ...] = ("mp", "gavish-donoho", "activation=0.02", "activation=0.1")
     max_error: float = 0.3
-    margin: float = 1.0
+    margin: float = 2.0
     min_tokens: int = 100
     lowest: int = 15
     batch: int = 16
