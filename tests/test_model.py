@@ -87,6 +87,20 @@ def test_far_positions_turn_as_in_transformers(nano):
     torch.testing.assert_close(where.sin[:, 0], sin[..., half:], rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_positions_count_from_the_first_token_that_is_text(nano):
+    """Attention sees only differences of positions, so logits would hide a shift until it runs out of positions."""
+    rotary = transformers_model(nano).model.rotary_emb
+    padding = torch.tensor([0, 3, 9])
+    text = torch.arange(10)[None] >= padding[:, None]
+    cos, _ = rotary(torch.zeros(1), (text.cumsum(1) - 1).clamp(min=0))
+    half = nano.config.head_dim // 2
+    whole = span(nano.config, 10, CPU, padding=padding).cos
+    rest = span(nano.config, 4, CPU, start=6, padding=padding).cos
+    torch.testing.assert_close(whole[:, 0], cos[..., :half], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rest[:, 0], cos[:, 6:, :half], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("pieces", [[1] * 19, [7, 12], [18, 1], [1, 5, 1, 12]])
 def test_pieces_through_the_cache_equal_the_whole(reader, pieces):
     model = Mixtral.load(reader, dtype=torch.float32)
