@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -458,25 +457,29 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, monkeypatch: pytest.Monke
     """Ctrl-C reaches the main thread while the others work: they stop, and what they wrote is continued."""
     source = make.write_a(tmp_path / "a", DIMS)
     expected = files(go(sharded, source, tmp_path / "expected"))
-    reads = 0
-    real = store.Store.read_rows
+    reads, made = 0, []
+    read_rows, event = store.Store.read_rows, threading.Event
 
-    def slow(self, *arguments, **options):
+    def watched_event() -> threading.Event:
+        made.append(event())
+        return made[-1]
+
+    def interrupted(self: store.Store, *arguments, **options):
         nonlocal reads
         reads += 1
         if reads == 20:
-            signal.raise_signal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else os.kill(
-                os.getpid(), signal.SIGINT
-            )
-            time.sleep(0.2)
-        return real(self, *arguments, **options)
+            os.kill(os.getpid(), signal.SIGINT)
+        if reads >= 20:  # no more work until the main thread has told the others to stop
+            assert made[0].wait(60)
+        return read_rows(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.Store, "read_rows", slow)
+        patch.setattr(threading, "Event", watched_event)
+        patch.setattr(store.Store, "read_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             go(sharded, source, tmp_path / "out")
     assert files(tmp_path / "out") == {}
-    assert 15 < len((tmp_path / "out" / WORK / JOURNAL).read_text().splitlines()) < len(make.torrent(DIMS))
+    assert 10 < len((tmp_path / "out" / WORK / JOURNAL).read_text().splitlines()) <= 20
     document = convert.run(sharded(open_checkpoint(source)), tmp_path / "out")
     assert document["resumed_bytes"] > 0
     assert files(tmp_path / "out") == expected
