@@ -31,6 +31,8 @@ def read_header(source: Source) -> list[Entry]:
     """
     if source.size < 8:
         raise FormatError(f"holds {source.size} bytes; a safetensors file has at least 8", file=source.label)
+    if source.read(0, 8) == b"version ":
+        raise FormatError("is a git-lfs pointer, not the file; run `git lfs pull`", file=source.label)
     length = int.from_bytes(source.read(0, 8), "little")
     if length > MAX_HEADER:
         raise FormatError(f"header claims {length} bytes; the limit is {MAX_HEADER}", file=source.label)

@@ -173,6 +173,12 @@ def test_refuses_the_tensor(tmp_path: Path, header: object, size: int) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_git_lfs_pointer(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n"
+    with pytest.raises(errors.FormatError, match="git lfs pull"):
+        entries(tmp_path / "x", pointer)
+
+
 def test_every_truncation(tmp_path: Path) -> None:
     raw = save({"a": torch.ones(3, 4), "b": torch.ones(5)})
     for cut in range(len(raw)):
