@@ -56,10 +56,6 @@ class Span(NamedTuple):
     start: int  # columns of the cache that are filled before this pass
     mask: Tensor | None  # [B, 1, T, S] bool, True = may look; None = no padding, every column in use
 
-    @property
-    def length(self) -> int:
-        return self.cos.shape[2]
-
 
 def span(
     config: MixtralConfig, length: int, device: torch.device, start: int = 0, padding: Tensor | None = None
