@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import hypothesis
 import pytest
 
 from mixtools import native
+
+# A shell's background job starts with SIGINT ignored, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure, and a run can be repeated: the same examples every time.
 hypothesis.settings.register_profile("mixtools", deadline=None, derandomize=True)
