@@ -154,6 +154,8 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
         changes = {**job.changes, **(job.prepare(output) if job.prepare else {})}
+        for source in job.source.store.sources:
+            source.read_once()
         how.progress.start(job.label, total)
         how.progress.advance(output.done_bytes)
         resumed = output.done_bytes

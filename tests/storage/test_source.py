@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
+import sys
 import threading
 from pathlib import Path
 
@@ -31,6 +33,46 @@ def test_parts_read_as_one(tmp_path: Path, sizes: list[int]) -> None:
         with pytest.raises(errors.FormatError, match="ends too early"):
             source.read(offset, size)
     assert [entry[:2] for entry in source.fingerprint()] == [[p.name, s] for p, s in zip(paths, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_system_that_must_keep_pages_reads_all_the_same(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    source = Source([tmp_path / "x", tmp_path / "x"])
+    source.read_once()
+    assert source.read(5, 10) == b"5678901234"  # whatever this system can
+    source.read_once()
+    real, asked = os.preadv, []
+
+    def preadv(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        asked.append(flags)
+        if flags:
+            raise OSError(number, os.strerror(number))
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert source.read(5, 10) == b"5678901234"
+    assert [flag != 0 for flag in asked] == [sys.platform == "linux"] * (sys.platform == "linux") + [False] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux keeps what was read unless asked not to")
+def test_read_once_leaves_no_page(tmp_path: Path) -> None:
+    """Of a file half of which was in memory, that half stays."""
+    path, half = tmp_path / "x", 4 << 20
+    path.write_bytes(bytes(2 * half))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), half, half, os.POSIX_FADV_DONTNEED)
+        source = Source(path)
+        source.read_once()
+        assert source.read(0, 2 * half) == bytes(2 * half)
+        if not source._flags:
+            pytest.skip("this system cannot")
+        buffer = memoryview(bytearray(2 * half))
+        held = os.preadv(file.fileno(), [buffer], 0, os.RWF_NOWAIT)
+    assert half <= held < 1.5 * half
 
 
 def test_threads_share_no_position(tmp_path: Path) -> None:
