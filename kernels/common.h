@@ -21,7 +21,7 @@
 
 namespace mixtools {
 
-// The numbers are part of the ABI (mixtools/native.py).
+// The numbers are part of the ABI (mixtools/ops/cpu.py).
 enum Isa : int { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
 
 inline int best_isa() {

@@ -1,4 +1,4 @@
-// Entry points of the CPU kernels: C ABI, called through mixtools/native.py, which checks what it passes.
+// Entry points of the CPU kernels: C ABI, called through mixtools/ops/cpu.py, which checks what it passes.
 //
 // `isa` is a value of mixtools::Isa not above mixtools_best_isa(). A function returns -2 for a value that it does
 // not know, so that a mismatch is an error and never a wrong result.
@@ -36,7 +36,7 @@ int64_t first_nonfinite_any(const uint8_t* data, int64_t count, int item_size, u
 
 }  // namespace
 
-// Raised with every change to a signature or to a meaning below; native.py refuses another number.
+// Raised with every change to a signature or to a meaning below; ops/cpu.py refuses another number.
 MIXTOOLS_EXPORT int mixtools_abi_version() { return 1; }
 
 MIXTOOLS_EXPORT int mixtools_best_isa() { return best_isa(); }

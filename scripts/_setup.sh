@@ -19,6 +19,8 @@ root = pathlib.Path(sys.argv[1])
 files = [root / "pyproject.toml", root / "scripts/constraints.txt"]
 files += sorted(path for path in (root / "kernels").rglob("*") if path.is_file())
 digest = hashlib.sha256((sys.version + str(root)).encode())
+# the modules' names too: an editable installation finds those that were there when it was made
+digest.update("\n".join(sorted(map(str, (root / "mixtools").rglob("*.py")))).encode())
 for path in files:
     digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
 print(digest.hexdigest())

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixtools import convert, pieces
+from mixtools import conversion
 from mixtools.config import MixtralConfig, from_document
 from mixtools.errors import TokenizerError, UsageError
 from mixtools.layouts.hf import HF, HF_BIN, HF_FUSED
@@ -41,6 +41,7 @@ from mixtools.names import Slot
 from mixtools.storage.dtypes import DType
 from mixtools.storage.output import Output
 from mixtools.storage.store import Bits
+from mixtools.text import pieces
 
 RECIPE = 1  # raised when the same seed no longer gives the same values
 RANK_DIVISOR = 64
@@ -189,18 +190,18 @@ def layout_named(text: str) -> Layout:
 
 def write(
     model: Model, layout: Layout, dtype: DType, folder: Path, *,
-    tokenizer: Path | None = None, max_shard_bytes: int = 5_000_000_000, how: convert.Run | None = None,
+    tokenizer: Path | None = None, max_shard_bytes: int = 5_000_000_000, how: conversion.Run | None = None,
 ) -> int:  # fmt: skip
     """Write the model into `folder`, resumably, as `mixtools convert` does; returns the bytes of its weight files.
 
     The tokenizer is the one given, or the tests' own where its vocabulary has the model's size.
     Raises the errors of storage.output; TokenizerError if a given tokenizer is another's.
     """
-    how = how or convert.Run()
+    how = how or conversion.Run()
     stored = TORRENT if layout is SPLIT else layout
     documents = _tokenizer(model.config, tokenizer)
-    tensors = convert.stored_tensors(stored, model.config, lambda slot: dtype)
-    plan = convert.plan_for(stored, tensors, max_shard_bytes)
+    tensors = conversion.stored_tensors(stored, model.config, lambda slot: dtype)
+    plan = conversion.plan_for(stored, tensors, max_shard_bytes)
     key = {"synthetic": RECIPE, "seed": model.seed, "layout": stored.name}
 
     def blocks(slot: Slot) -> Iterator[Bits]:
@@ -209,7 +210,7 @@ def write(
     with Output(folder, plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         how.progress.start("generating", sum(tensor.nbytes for tensor in plan.tensors.values()))
         how.progress.advance(output.done_bytes)
-        convert.write_slots(stored, model.config, blocks, output, how)
+        conversion.write_slots(stored, model.config, blocks, output, how)
         how.progress.finish()
         output.commit(documents, _configuration(model.config, layout, dtype))
     if layout is SPLIT:

@@ -7,7 +7,7 @@ import signal
 import hypothesis
 import pytest
 
-from mixtools import native
+from mixtools.ops import cpu
 
 # A shell's background job starts with SIGINT ignored, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,10 +17,10 @@ hypothesis.settings.register_profile("mixtools", deadline=None, derandomize=True
 hypothesis.settings.load_profile("mixtools")
 
 
-@pytest.fixture(params=list(native.Isa), ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> native.Isa:
+@pytest.fixture(params=list(cpu.Isa), ids=lambda isa: isa.name.lower())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> cpu.Isa:
     """Runs the test once with each instruction set that this machine has."""
-    if request.param > native.best_instruction_set():
+    if request.param > cpu.best_instruction_set():
         pytest.skip("this machine lacks it")
-    monkeypatch.setenv(native.ISA_VARIABLE, request.param.name.lower())
-    return native.Isa(request.param)
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param.name.lower())
+    return cpu.Isa(request.param)

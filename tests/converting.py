@@ -10,30 +10,30 @@ import torch
 from layouts import make
 from safetensors.torch import load_file
 
-from mixtools import convert
+from mixtools import conversion
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 
 TREE = Path(__file__).parents[1]
 NANO = TREE / "tests" / "data" / "nano-mixtral"
 DIMS = make.Dims(d=8, f=12, heads=4, kv=2, hd=4)
-Planner = Callable[[Checkpoint], convert.Job]
+Planner = Callable[[Checkpoint], conversion.Job]
 
 
-def to_hf(source: Checkpoint, **options: object) -> convert.Job:
-    return convert.plan_hf(source, convert.Options(**options))
+def to_hf(source: Checkpoint, **options: object) -> conversion.Job:
+    return conversion.plan_hf(source, conversion.Options(**options))
 
 
-def to_torrent(source: Checkpoint, **options: object) -> convert.Job:
-    return convert.plan_torrent(source, convert.Options(**options), safetensors=False)
+def to_torrent(source: Checkpoint, **options: object) -> conversion.Job:
+    return conversion.plan_torrent(source, conversion.Options(**options), safetensors=False)
 
 
-def to_consolidated(source: Checkpoint) -> convert.Job:
-    return convert.plan_torrent(source, convert.Options(), safetensors=True)
+def to_consolidated(source: Checkpoint) -> conversion.Job:
+    return conversion.plan_torrent(source, conversion.Options(), safetensors=True)
 
 
 def go(plan: Planner, source: Path, out: Path, **how: object) -> Path:
-    convert.run(plan(open_checkpoint(source)), out, convert.Run(**how))
+    conversion.run(plan(open_checkpoint(source)), out, conversion.Run(**how))
     return out
 
 
@@ -66,10 +66,10 @@ def sources(dims: make.Dims, tensors: make.Tensors) -> dict[str, Callable[[Path]
 SCRIPT = """
 import sys
 from pathlib import Path
-from mixtools import convert
+from mixtools import conversion
 from mixtools.layouts.detect import open_checkpoint
 source, out, jobs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-convert.run(convert.plan_hf(open_checkpoint(source), convert.Options()), out, convert.Run(jobs=jobs))
+conversion.run(conversion.plan_hf(open_checkpoint(source), conversion.Options()), out, conversion.Run(jobs=jobs))
 """
 
 

@@ -48,13 +48,13 @@ def check(
 
     Example: mixtools check Mixtral-8x7B-Q4 --against Mixtral-8x7B-v0.1 --text wikitext2-test.txt --report report
     """
-    from ..check.gates import parse
+    from ..checking.gates import parse
 
     limits = parse(gate or [])
     limit = base.max_memory_bytes(max_memory)
     base.check_device(device)
-    from ..check import judge
-    from ..check import report as page
+    from ..checking import judge
+    from ..checking import report as page
     from ..layouts.detect import open_checkpoint
     from .inspect import summary
 

@@ -15,7 +15,7 @@ from ..errors import LayoutError, MemoryBudgetError
 from . import base
 
 if TYPE_CHECKING:
-    from .. import convert as engine
+    from .. import conversion as engine
     from ..layouts.checkpoint import Checkpoint
 
 app = typer.Typer(help="Rename and reshape a checkpoint into another layout.", no_args_is_help=True)
@@ -75,7 +75,7 @@ def hf_to_torrent(
 
     Example: mixtools convert hf-to-torrent Mixtral-8x7B-v0.1 out --pth
     """
-    from .. import convert as engine
+    from .. import conversion as engine
 
     base.check_device(device)
     source = _open(src)
@@ -104,14 +104,14 @@ def _open(src: str) -> Checkpoint:
 
 
 def _convert_to_hf(source: Checkpoint, out: Path, dtype: str, shard: str, how: How) -> None:
-    from .. import convert as engine
+    from .. import conversion as engine
 
     options = engine.Options(dtype=dtype, max_shard_bytes=base.parse_size(shard, "--max-shard-size"))
     _carry_out(engine.plan_hf(source, options), out, how)
 
 
 def _carry_out(job: engine.Job, out: Path, how: How) -> None:
-    from .. import convert as engine
+    from .. import conversion as engine
 
     jobs = _jobs_within(job, how.jobs, how.max_memory)
     if how.dry_run:

@@ -37,11 +37,11 @@ def examine() -> dict[str, Any]:
     """Everything that can differ between two machines on which mixtools is installed."""
     import torch
 
-    from .. import native
     from ..errors import MixtoolsError
+    from ..ops import cpu
 
     try:
-        kernels, problem = native.instruction_set().name.lower(), None
+        kernels, problem = cpu.instruction_set().name.lower(), None
     except MixtoolsError as error:
         kernels, problem = None, str(error)
     versions = {name: _version(name) for name in _PACKAGES}

@@ -14,10 +14,10 @@ from . import base
 if TYPE_CHECKING:
     import torch
 
-    from ..generate import Options
+    from ..inference.generate import Options
+    from ..inference.model import Mixtral
     from ..layouts.checkpoint import Checkpoint
-    from ..model import Mixtral
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 Message = dict[str, object]
 
@@ -45,9 +45,9 @@ def generate(
     """
     if prompt is None and not chat:
         raise UsageError("generate needs --prompt TEXT or --chat")
-    from ..generate import Options
+    from ..inference.generate import Options
     from ..layouts.detect import open_checkpoint
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
     screen = base.Screen(json, quiet)
     options = Options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -73,7 +73,7 @@ def generate(
 
 
 def _load(checkpoint: Checkpoint, dtype: str, device: str, limit: int | None, screen: base.Screen) -> Mixtral:
-    from ..model import Mixtral
+    from ..inference.model import Mixtral
 
     where = base.find_device(device)
     if limit is None and where.type == "cpu":
@@ -85,7 +85,7 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str, limit: int | None, sc
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """The dtype asked for; "auto" is the one that most of the weights are stored in."""
-    from ..convert import DTYPES
+    from ..conversion import DTYPES
 
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"--dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
@@ -97,7 +97,7 @@ def _answer(
     model: Mixtral, tokenizer: Tokenizer, ids: list[int], options: Options, *, show: bool
 ) -> tuple[str, list[int]]:
     """The continuation of `ids` as text and tokens, printed as it comes."""
-    from ..generate import stream
+    from ..inference.generate import stream
 
     decoder = tokenizer.stream()
     for token in ids:

@@ -37,7 +37,7 @@ def inspect(
     document = summary(checkpoint)
     problems = list(checkpoint.problems)
     if verify:
-        from ..check.integrity import verify as read_all
+        from ..checking.integrity import verify as read_all
 
         problems += read_all(checkpoint, screen.progress())
         document["verified"] = not problems

@@ -14,12 +14,12 @@ from ..errors import MemoryBudgetError, OutputError, OutputExists, QuantizedErro
 from . import base
 
 if TYPE_CHECKING:
-    from .. import convert
-    from .. import laser as engine
-    from ..calibrate import Calibration
+    from .. import conversion
+    from ..inference.calibrate import Calibration
     from ..layouts.checkpoint import Checkpoint
+    from ..methods.laser import run as engine
+    from ..methods.laser.search import SearchOptions
     from ..names import Slot
-    from ..search import SearchOptions
 
 ALL_TARGETS = "w1,w2,w3,q,k,v,o"
 RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
@@ -76,9 +76,9 @@ def laser(
 
     Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
     """
-    from .. import convert
-    from .. import laser as engine
-    from ..search import SearchOptions
+    from .. import conversion
+    from ..methods.laser import run as engine
+    from ..methods.laser.search import SearchOptions
     from ..storage.output import expect_free
 
     base.check_device(device)
@@ -97,7 +97,7 @@ def laser(
         if rank_rule is not None:
             asked = replace(asked, rank_rules=(rank_rule,))
         job = _search_job(source, options, asked, how, held_out, machine)
-        _carry_out(job, out, convert.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
+        _carry_out(job, out, conversion.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
         return
     calibration = None if search else _calibration(source, slots, how, machine)
     if dry_run:
@@ -114,7 +114,7 @@ def laser(
     job = engine.plan_laser(
         source, options, known=known, calibration=calibration, device=base.find_device(device), record=record
     )
-    _carry_out(job, out, convert.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
+    _carry_out(job, out, conversion.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
 
 
 def spectrum(
@@ -130,8 +130,8 @@ def spectrum(
 
     Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
     """
-    from .. import laser as engine
-    from .. import laser_report
+    from ..methods.laser import report as laser_report
+    from ..methods.laser import run as engine
 
     base.check_device(device)
     options = engine.Options(layers, targets, experts, rank_rule, exact=exact)
@@ -160,12 +160,12 @@ def spectrum(
     machine.screen.result(document, lambda: _tell_spectrum(document, out))
 
 
-def _carry_out(job: convert.Job, out: Path, how: convert.Run, screen: base.Screen) -> None:
-    from .. import convert
-    from .. import laser as engine
+def _carry_out(job: conversion.Job, out: Path, how: conversion.Run, screen: base.Screen) -> None:
+    from .. import conversion
+    from ..methods.laser import run as engine
 
     began = time.monotonic()
-    done = convert.run(job, out, how)
+    done = conversion.run(job, out, how)
     document = {
         "output": str(out), **engine.read_report(out), **done, "seconds": round(time.monotonic() - began, 3),
         "peak_memory_bytes": base.peak_memory(),
@@ -185,13 +185,13 @@ def _expect_consistent(search: str | None, text: Path | None, held_out: Path | N
 def _search_job(
     source: Checkpoint, options: engine.Options, search: SearchOptions, how: Calibrate,
     held_out: Path | None, machine: Machine,
-) -> convert.Job:  # fmt: skip
+) -> conversion.Job:  # fmt: skip
     """The two texts cut into windows, and the job that searches on them."""
     import hashlib
 
-    from ..check import judge, perplexity
-    from ..laser_search import Asked, plan_search
-    from ..tokenizer import Tokenizer
+    from ..checking import judge, perplexity
+    from ..methods.laser.search.run import Asked, plan_search
+    from ..text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source.folder)
     tokenizer.check_vocab(source.config)
@@ -214,8 +214,8 @@ def _search_job(
 
 
 def _open(src: str, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
-    from .. import laser as engine
     from ..layouts.detect import open_checkpoint
+    from ..methods.laser import run as engine
 
     _ = options.method  # a rule that there is not is told first
     try:
@@ -233,8 +233,8 @@ def _open(src: str, out: Path | None, options: engine.Options) -> tuple[Checkpoi
 
 def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, calibrated: bool) -> int:
     """As many as asked for and as fit; one decomposes, the others copy."""
-    from .. import calibrate
-    from .. import laser as engine
+    from ..inference import calibrate
+    from ..methods.laser import run as engine
     from ..storage.store import CHUNK
 
     limit, copier = machine.max_memory, 8 * CHUNK
@@ -252,10 +252,10 @@ def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, 
 def _calibration(source: Checkpoint, slots: list[Slot], how: Calibrate, machine: Machine) -> Calibration | None:
     if how.text is None:
         return None
-    from .. import calibrate
-    from ..check.perplexity import read_text
-    from ..stream import Stream
-    from ..tokenizer import Tokenizer
+    from ..checking.perplexity import read_text
+    from ..inference import calibrate
+    from ..inference.stream import Stream
+    from ..text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source.folder)
     if (remark := tokenizer.check_vocab(source.config)) is not None:
@@ -288,14 +288,14 @@ def _forecast(
     calibration: Calibration | None, search: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
-    from .. import convert
-    from .. import laser as engine
+    from .. import conversion
+    from ..methods.laser import run as engine
 
     memory = BASE_MEMORY + engine.memory_bytes(source, slots, calibration is not None)
     if calibration:
         memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
     record = {"calibration": calibration.text.record} if calibration else {}
-    size = convert.plan_hf(source, convert.Options()).plan.total_bytes if rebuild else 0
+    size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
     seconds = engine.forecast_seconds(source, slots, rebuild, time.perf_counter)
     document: dict[str, Any] = {
         "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),

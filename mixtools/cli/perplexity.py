@@ -38,11 +38,11 @@ def perplexity(
     """
     limit = base.max_memory_bytes(max_memory)
     base.check_device(device)
-    from ..check import judge
-    from ..check import perplexity as engine
+    from ..checking import judge
+    from ..checking import perplexity as engine
+    from ..inference.stream import Stream
     from ..layouts.detect import open_checkpoint
-    from ..stream import Stream
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
     screen = base.Screen(json, quiet)
     content = engine.read_text(text)
@@ -65,7 +65,7 @@ def perplexity(
 
 def find_dtype(name: str) -> torch.dtype | None:
     """The dtype of a --dtype value; None for auto. Raises UsageError."""
-    from ..convert import DTYPES
+    from ..conversion import DTYPES
 
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"--dtype: {name!r} is none of auto, {', '.join(DTYPES)}")

@@ -16,9 +16,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .. import recipe as engine
-from .. import recipe_made as record
 from ..errors import OutputError, RecipeError, UsageError
+from ..recipe import made as record
+from ..recipe import resolve as engine
 from . import base
 
 app = typer.Typer(help="The recipes that come along, and the check of one's own.", no_args_is_help=True)
@@ -165,7 +165,7 @@ def _preflight(step: engine.Step) -> None:
         named = (options.get(name) for name in ("search", "text", "held_out", "rank_rule"))
         _expect_consistent(*named)
     if "gate" in options:
-        from ..check.gates import parse
+        from ..checking.gates import parse
 
         parse(options["gate"])
 
@@ -241,7 +241,7 @@ def _carry_out(
     recipe: engine.Recipe, steps: list[engine.Step], step: engine.Step, machine: Machine
 ) -> tuple[dict[str, Any], int]:
     """What became of it, and the exit code of its command."""
-    from ..convert import ENCLOSED
+    from ..conversion import ENCLOSED
 
     inputs = record.digest(map(base.find_model, step.inputs()))
     if machine.resume and record.is_made(step, inputs):

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import native
 from ..config import MixtralConfig
 from ..names import Role, Slot
+from ..ops import cpu
 from ..storage.store import Bits
 
 
@@ -92,7 +92,7 @@ def to_canonical(op: Op, bits: Bits, head_dim: int) -> Bits:
     if op is Op.ROTARY:
         heads = bits.reshape(-1, head_dim // 2, 2, bits.shape[1])
         return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(bits.shape)
-    return native.transpose(bits) if op is Op.TRANSPOSE else bits
+    return cpu.transpose(bits) if op is Op.TRANSPOSE else bits
 
 
 def from_canonical(op: Op, bits: Bits, head_dim: int) -> Bits:
@@ -100,4 +100,4 @@ def from_canonical(op: Op, bits: Bits, head_dim: int) -> Bits:
     if op is Op.ROTARY:
         heads = bits.reshape(-1, 2, head_dim // 2, bits.shape[1])
         return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(bits.shape)
-    return native.transpose(bits) if op is Op.TRANSPOSE else bits
+    return cpu.transpose(bits) if op is Op.TRANSPOSE else bits

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mixtools import native
+from mixtools.ops import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "instruction_set": native.instruction_set().name.lower(),
+        "instruction_set": cpu.instruction_set().name.lower(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": f"{commit} with changes" if _git("status", "--porcelain", "--untracked-files=no") else commit,
     }

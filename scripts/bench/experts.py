@@ -1,4 +1,4 @@
-"""Which way through the experts is fastest on a CPU: the measurement behind Layer.experts in mixtools/model.py.
+"""Which way through the experts is fastest on a CPU: the measurement behind Layer.experts in mixtools/inference/model.py.
 
     python scripts/bench/experts.py [--wide] [--threads 1 2]
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from _bench import best_seconds, write_result
 from torch import Tensor
 
-from mixtools import model
+from mixtools.inference import model
 
 
 @dataclass

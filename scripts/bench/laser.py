@@ -34,7 +34,7 @@ from mixtools.linalg import eigen, rules
 from mixtools.linalg.bulk import Bulk
 from mixtools.linalg.gram import gram
 from mixtools.linalg.spectrum import decompose, spectrum
-from mixtools.methods import laser
+from mixtools.methods.laser import method as laser
 
 SHAPES = {"expert": (4096, 14336), "attention": (4096, 4096)}
 NOISE_SHAPES = ((4096, 4096), (1024, 4096), (4096, 14336))

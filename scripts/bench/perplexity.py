@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from _bench import write_result
 
-from mixtools.budget import layer_bytes
-from mixtools.check import perplexity
+from mixtools.checking import perplexity
+from mixtools.inference.budget import layer_bytes
+from mixtools.inference.stream import Stream, peak_memory_bytes
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.names import Role, Slot
-from mixtools.stream import Stream, peak_memory_bytes
 
 WINDOWS, CTX = 16, 512
 ROOM = 2_000_000_000

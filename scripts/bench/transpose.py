@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from _bench import best_seconds, write_result
 
-from mixtools import native
+from mixtools.ops import cpu
 from mixtools.storage.dtypes import DType
 
 ROWS, COLS = 14336, 4096
@@ -55,17 +55,17 @@ def main() -> None:
         torch.set_num_threads(threads)
         runs = {
             "transpose into touched memory": {
-                "ours": lambda n=threads: native.transpose(matrix, out=out, threads=n),
+                "ours": lambda n=threads: cpu.transpose(matrix, out=out, threads=n),
                 "torch": lambda: torch_out.copy_(as_torch.t()),
                 "memcpy": lambda n=threads: in_parts(memcpy, n, target, source),
             },
             "transpose into fresh memory": {
-                "ours": lambda n=threads: native.transpose(matrix, threads=n),
+                "ours": lambda n=threads: cpu.transpose(matrix, threads=n),
                 "torch": lambda: as_torch.t().contiguous(),
                 "memcpy": lambda n=threads: in_parts(memcpy, n, np.empty_like(source), source),
             },
             "first_nonfinite": {
-                "ours": lambda n=threads: native.first_nonfinite(source, DType.BF16, threads=n),
+                "ours": lambda n=threads: cpu.first_nonfinite(source, DType.BF16, threads=n),
                 "torch": lambda: bf16.isfinite().all(),
                 "numpy max": lambda n=threads: in_parts(np.max, n, source.view(np.uint64)),
             },
@@ -78,7 +78,7 @@ def main() -> None:
                 f"{name} {ROWS}x{COLS} bf16, {threads} thread{'s'[: threads - 1]}   ours {ours:.1f} GB/s   "
                 f"torch {torchs:.2f} GB/s   {ours / torchs:.1f}x   {ours / limit:.2f} of {[*ways][2]}, {limit:.1f} GB/s"
             )
-    assert np.array_equal(native.transpose(matrix, out=out), matrix.T)
+    assert np.array_equal(cpu.transpose(matrix, out=out), matrix.T)
     print(write_result("transpose", results))
 
 

@@ -129,7 +129,7 @@ def test_a_failed_check_ends_the_run_with_its_code(nano: Path, tmp_path: Path) -
 
 
 def test_laser_and_check_go_on_after_an_interruption(nano: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from mixtools import laser
+    from mixtools.methods.laser import run as laser
 
     steps = [
         {"do": "laser", "src": str(nano), "out": "${out}", "layers": 1, "targets": "w2", "rank_rule": "rank=8"},

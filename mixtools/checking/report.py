@@ -1,0 +1,224 @@
+"""report.json and report.html: the check for a script and for a person. The page needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from torch import Tensor
+
+from ..errors import OutputError
+from ..text.tokenizer import Tokenizer
+from . import gates
+from .judge import Check
+from .parity import Figures, Generation
+
+TEMPLATE = Path(__file__).with_name("report.html")
+_WIDTH, _HEIGHT, _FOOT = 620, 140, 22  # of a histogram, in its own units
+_MARGIN_CLEAR = 1.0  # nats: above, the source preferred its token by more than e to 1
+
+
+@dataclass(frozen=True)
+class Word:
+    """One token of a continuation as it is shown; `other` what the output would say in its place."""
+
+    text: str
+    other: str | None = None
+    margin: float = 0.0
+
+    @property
+    def clear(self) -> bool:
+        return self.other is not None and self.margin >= _MARGIN_CLEAR
+
+
+def write(check: Check, folder: Path) -> list[Path]:
+    """Write report.json and report.html into `folder`, which is made. Raises OutputError if it cannot be written."""
+    files = {
+        "report.json": json.dumps(check.document, indent=1, allow_nan=False) + "\n",
+        "report.html": html(check),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", file=folder) from None
+    return [folder / name for name in files]
+
+
+def html(check: Check) -> str:
+    """The page. What comes from files (names, prompts, messages) is escaped by the template."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"sig": _significant, "percent": _percent, "bytes": _bytes, "time": _time}
+    template = environment.from_string(TEMPLATE.read_text("utf-8"))
+    document = check.document
+    return template.render(
+        check=document,
+        headline=headline(document),
+        gates=[{**gate, "about": gates.NAMES[gate["name"]], "at_least": gate["name"] in gates.AT_LEAST}
+               for gate in document["gates"]],
+        histograms=_histograms(check.figures),
+        prompts=_prompts(check.generation, check.tokenizer),
+    )  # fmt: skip
+
+
+def headline(document: dict[str, Any]) -> str:
+    """The verdict's reason in one sentence."""
+    problems = document["integrity"]["problems"]
+    failed = [gate for gate in document["gates"] if not gate["passed"]]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return f"The output is damaged: {problems[0]['message']}{more}."
+    if failed:
+        named = ", ".join(
+            f"{gate['name']} is {_significant(gate['value'])}, limit {gate['limit']:g}" for gate in failed
+        )
+        return f"{len(failed)} of {len(document['gates'])} gates failed: {named}."
+    different = document["integrity"].get("different")
+    tensors = f"{document['integrity']['tensors']} tensors were read to the last byte"
+    if different == 0:
+        cast = document["integrity"]["cast"]
+        same = "is its source's, bit for bit" if not cast else "is its source's, or an exact cast of it"
+        return f"{tensors}; every one {same}."
+    if not document["gates"]:
+        return f"{tensors}; no gate judges this kind of output, the change is reported."
+    return f"{tensors}; all {len(document['gates'])} gates passed."
+
+
+# --- histograms ---
+
+
+def _histograms(figures: Figures | None) -> list[dict[str, Any]]:
+    if figures is None or not float(figures.kld.abs().max()):  # nothing measured, or nothing changed
+        return []
+    ratio = figures.output_nll - figures.source_nll
+    return [
+        {
+            "title": "KL divergence per token",
+            "about": "How far the output's next-token distribution lies from the source's. The scale is logarithmic: "
+            "a long tail at the right means that a few tokens suffer.",
+            **_histogram(_logarithm(figures.kld), "1e{:.0f}", [("mean", _log10(float(figures.kld.mean())))]),
+        },
+        {
+            "title": "Change of -ln p per token",
+            "about": "Right of 0 the output finds the text's own token less likely than the source does. "
+            "The mean is the ln ratio of the perplexities. The outermost bars hold all beyond.",
+            **_histogram(_clipped(ratio), "{:+.2g}", [("mean", float(ratio.mean())), ("", 0.0)]),
+        },
+    ]
+
+
+def _log10(value: float) -> float:
+    return math.log10(max(value, 1e-12))
+
+
+def _logarithm(values: Tensor) -> np.ndarray[Any, Any]:
+    return np.asarray(np.log10(np.maximum(values.numpy(), 1e-12)))
+
+
+def _clipped(values: Tensor) -> np.ndarray[Any, Any]:
+    """To where 99 % lie, symmetric about 0."""
+    found = np.nan_to_num(values.numpy())
+    bound = max(float(np.quantile(np.abs(found), 0.99)), 1e-6)
+    return np.asarray(np.clip(found, -bound, bound))
+
+
+def _histogram(
+    values: np.ndarray[Any, Any], label: str, marks: Sequence[tuple[str, float]], bins: int = 62
+) -> dict[str, Any]:
+    """Bars, ticks and marks of an SVG of _WIDTH by _HEIGHT."""
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(values, bins, (low, high))
+    floor, step = _HEIGHT - _FOOT, _WIDTH / bins
+
+    def place(value: float) -> float:
+        return round(_WIDTH * (min(max(value, low), high) - low) / (high - low), 1)
+
+    tallest = max(1, int(counts.max()))
+    heights = [round((floor - 12) * int(count) / tallest, 1) for count in counts]
+    bars = [
+        {"x": round(i * step, 1), "y": round(floor - height, 1), "width": round(step - 1, 1), "height": height,
+         "title": f"{count} tokens, {label.format(edges[i])} to {label.format(edges[i + 1])}"}
+        for i, (height, count) in enumerate(zip(heights, counts.tolist(), strict=True)) if count
+    ]  # fmt: skip
+    ticks = [
+        {"x": place(value), "text": label.format(value) if value or "e" in label else "0"}
+        for value in _ticks(low, high, whole="e" in label)
+    ]
+    lines = [{"x": place(value), "text": name} for name, value in marks]
+    return {"width": _WIDTH, "height": _HEIGHT, "floor": floor, "bars": bars, "ticks": ticks, "marks": lines}
+
+
+def _ticks(low: float, high: float, whole: bool) -> list[float]:
+    """Round values within; whole numbers where the scale is one of powers."""
+    if whole:
+        first, last = math.ceil(low), math.floor(high)
+        step = max(1, (last - first) // 7 + 1)
+        return [float(value) for value in range(first, last + 1, step)]
+    raw = (high - low) / 6
+    unit = 10.0 ** math.floor(math.log10(raw))
+    width = unit * min((factor for factor in (1, 2, 5, 10) if factor * unit >= raw), default=10)
+    return [i * width for i in range(math.ceil(low / width), math.floor(high / width) + 1)]
+
+
+# --- continuations ---
+
+
+def _prompts(generation: Generation | None, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """Each prompt with its continuation, word by word, and what the output would say where it differs."""
+    if generation is None or tokenizer is None:
+        return []
+    shown = []
+    forced = generation.forced
+    for number, (prompt, continuation) in enumerate(zip(forced.prompts, forced.continuations, strict=True)):
+        pieces = _pieces(tokenizer, [*prompt, *continuation])[len(prompt) :]
+        words = []
+        for position, piece in enumerate(pieces):
+            ours, theirs = generation.source_top[number][position], generation.output_top[number][position]
+            before = [*prompt, *continuation][: len(prompt) + position]
+            other = _pieces(tokenizer, [*before[-1:], theirs])[-1] if ours != theirs else None
+            words.append(Word(piece, other, generation.margins[number][position]))
+        differing = [position for position, word in enumerate(words) if word.other is not None]
+        shown.append(
+            {"prompt": tokenizer.decode(prompt), "words": words, "first": differing[0] if differing else None,
+             "differing": len(differing)}
+        )  # fmt: skip
+    return shown
+
+
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each id adds; a byte that waits for more shows as a middle dot."""
+    decoder = tokenizer.stream()
+    return [decoder.push(token) or "·" for token in ids]
+
+
+# --- numbers as a person reads them ---
+
+
+def _significant(value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return "not finite"
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:.2e}"
+
+
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{100 * value:.2f} %"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

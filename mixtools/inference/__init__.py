@@ -1,0 +1,1 @@
+"""Running a Mixtral: in memory, or a layer at a time from any Reader."""

@@ -1,0 +1,396 @@
+"""Mixtral in one file, from a Reader.
+
+    ids ─► Embedding ─► Layer × L ─► Head ─► logits
+                        │  x + attention(norm(x))      grouped queries, rotary positions, cache
+                        └  x + experts(norm(x))        router picks K of E per token
+
+The parts stand alone, so that a layer at a time can be loaded, run over all the text, and refilled (stream.py).
+Letters in shapes: B sequences, T positions of this pass, S positions seen so far, N = B*T tokens, D hidden size,
+H heads, G key-value heads, hd head size, E experts, K experts per token, F expert size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MixtralConfig
+from ..errors import TensorError
+from ..layouts.reader import Reader
+from ..names import Role, Slot, layer_slots
+from ..progress import Progress
+from . import budget, host
+
+HEAD_ROWS = 1024  # rows of the vocabulary that are widened to fp32 at a time
+
+
+class Observer(Protocol):
+    """Sees the input of each linear, before it runs.
+
+    `x` is [N, in], of the dtype that the linear gets. For an expert's slots, N counts the tokens sent to it, `tokens`
+    [N] says which of the pass they are, and `weights` [N] (fp32) what the router gave it; None elsewhere.
+    The tensors must not be changed, nor kept without a copy.
+    """
+
+    def __call__(self, slot: Slot, x: Tensor, tokens: Tensor | None, weights: Tensor | None) -> None: ...
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [.., D] over its root mean square, in fp32, back in x's dtype, times weight [D]."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+# --- where in their sequences the tokens of a pass stand ---------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """The positions of one pass: shared by all layers, made once by `span`."""
+
+    cos: Tensor  # [B or 1, 1, T, hd/2], fp32
+    sin: Tensor
+    start: int  # columns of the cache that are filled before this pass
+    mask: Tensor | None  # [B, 1, T, S] bool, True = may look; None = no padding, every column in use
+
+
+def span(
+    config: MixtralConfig, length: int, device: torch.device, start: int = 0, padding: Tensor | None = None
+) -> Span:
+    """Positions start .. start+length of sequences whose first `padding` [B] columns are not text.
+
+    Positions count from the first column that is text. Angles are fp32 products, as in every loader in use: at far
+    positions these differ from exact ones, and the model runs as others run it.
+    """
+    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = 1.0 / config.rope_theta ** (half / config.head_dim)  # [hd/2]
+    row = torch.arange(start, start + length, device=device)[None]  # [1, T]
+    col = torch.arange(start + length, device=device)  # [S]
+    mask = None
+    if padding is not None:
+        left = padding[:, None]  # [B, 1]
+        text = (col[None, None] <= row[..., None]) & (col[None, None] >= left[..., None])
+        itself = col[None, None] == row[..., None]  # a padding row that sees nothing would be NaN
+        mask = (text | itself)[:, None]
+        row = (row - left).clamp(min=0)
+    elif start and length > 1:
+        mask = (col[None] <= row[0, :, None])[None, None]
+    angle = row.float()[:, None, :, None] * frequency
+    return Span(angle.cos(), angle.sin(), start, mask)
+
+
+def rotate(x: Tensor, where: Span) -> Tensor:
+    """Rotary positions on x [B, heads, T, hd]: its halves are the two coordinates (Hugging Face order)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * where.cos - second * where.sin, second * where.cos + first * where.sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of one layer: [B, G, capacity, hd] each."""
+
+    def __init__(self, config: MixtralConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def append(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Put [B, G, T, hd] at column `start`; all columns so far, [B, G, start+T, hd]."""
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences only."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, where: Span) -> Tensor:
+    """softmax(q k' / sqrt(hd)) v: q [B, H, T, hd], k and v [B, G, S, hd] -> [B, H, T, hd]."""
+    batch, heads, length, size = q.shape
+    if length == 1:
+        # the H/G queries of a key-value head as rows of one product: in bf16 on a CPU 12 times faster than enable_gqa
+        q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask).reshape(batch, heads, 1, size)
+    causal = where.mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask, is_causal=causal, enable_gqa=True)
+
+
+# --- the parts ---------------------------------------------------------------------------------------------------
+
+
+def _fill(weight: Tensor, reader: Reader, slot: Slot) -> None:
+    """Copy a tensor of the reader over `weight`, casting. Raises TensorError if its shape is another."""
+    found = reader.spec(slot).shape
+    if found != tuple(weight.shape):
+        raise TensorError("has another shape than the configuration says", tensor=slot,
+                          expected=tuple(weight.shape), found=found)  # fmt: skip
+    weight.copy_(reader.read(slot))
+
+
+class Embedding:
+    """ids -> hidden states."""
+
+    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.table = host.empty(config.shape(Role.EMBED), device, dtype)  # [V, D]
+
+    @classmethod
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Embedding:
+        part = cls(reader.config, device, dtype)
+        _fill(part.table, reader, Slot(Role.EMBED))
+        return part
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]."""
+        return F.embedding(ids, self.table)
+
+
+class Layer:
+    """One block; about 1.45 G weights in 8x7B. `fill` reuses its memory for another index."""
+
+    def __init__(self, config: MixtralConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
+        d, f, e, hd = config.hidden_size, config.intermediate_size, config.num_experts, config.head_dim
+        self.config, self.index = config, index
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of q, k, v
+        self.attention_norm = torch.empty(d, device=device, dtype=dtype)
+        self.qkv = host.empty((sum(self.heads) * hd, d), device, dtype)  # rows of q, then k, then v
+        self.o = host.empty((d, config.num_heads * hd), device, dtype)
+        self.ffn_norm = torch.empty(d, device=device, dtype=dtype)
+        self.router = torch.empty(e, d, device=device, dtype=torch.float32)  # a near tie picks another expert
+        self.gate_up = host.empty((e, 2 * f, d), device, dtype)  # rows of w1, then w3
+        self.down = host.empty((e, d, f), device, dtype)
+
+    @classmethod
+    def load(cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> Layer:
+        layer = cls(reader.config, index, device, dtype)
+        layer.fill(reader, index)
+        return layer
+
+    def fill(self, reader: Reader, index: int) -> None:
+        """Become layer `index`: read its tensors one by one into the memory at hand."""
+        self.index = index
+        for slot in layer_slots(index, self.config.num_experts):
+            _fill(self.weight(slot), reader, slot)
+
+    def weight(self, slot: Slot) -> Tensor:
+        """The live weight of a slot of this layer, a view [out, in] or [D] to read or to copy_ into."""
+        q, k, v = torch.split(self.qkv, [heads * self.config.head_dim for heads in self.heads])
+        whole = {
+            Role.ATTENTION_NORM: self.attention_norm, Role.Q: q, Role.K: k, Role.V: v, Role.O: self.o,
+            Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router,
+        }  # fmt: skip
+        if slot.expert is None:
+            return whole[slot.role]
+        if slot.role is Role.DOWN:
+            return self.down[slot.expert]
+        gate, up = self.gate_up[slot.expert].chunk(2)
+        return gate if slot.role is Role.GATE else up
+
+    def __call__(
+        self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]. Takes about 4 F elements per token of the busiest expert."""
+        eps = self.config.rms_norm_eps
+        x = x + self.attention(rms_norm(x, self.attention_norm, eps), where, cache, observer)
+        tokens = rms_norm(x, self.ffn_norm, eps).flatten(0, 1)  # [N, D]
+        return x + self.experts(tokens, observer).view_as(x)
+
+    def attention(
+        self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
+    ) -> Tensor:
+        """[B, T, D] (normalised) -> [B, T, D]."""
+        if observer:
+            for role in (Role.Q, Role.K, Role.V):
+                observer(Slot(role, self.index), x.flatten(0, 1), None, None)
+        heads = F.linear(x, self.qkv).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)  # [B, H+2G, T, hd]
+        q, k, v = torch.split(heads, list(self.heads), dim=1)
+        q, k = rotate(q, where), rotate(k, where)
+        if cache is not None:
+            k, v = cache.append(k, v, where.start)
+        mixed = attend(q, k, v, where).transpose(1, 2).flatten(2)  # [B, T, H*hd]
+        if observer:
+            observer(Slot(Role.O, self.index), mixed.flatten(0, 1), None, None)
+        return F.linear(mixed, self.o)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, D] -> weights [N, K] fp32, which sum to one, and experts [N, K]: softmax, top K, renormalised."""
+        scores = F.linear(x.float(), self.router).softmax(-1)  # [N, E]
+        weights, experts = scores.topk(self.config.experts_per_token, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), experts
+
+    def experts(self, x: Tensor, observer: Observer | None = None) -> Tensor:
+        """[N, D] (normalised) -> [N, D]: each token through its K experts, summed with the router's weights."""
+        if observer:
+            observer(Slot(Role.ROUTER, self.index), x, None, None)
+        weights, experts = self.route(x)
+        out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
+        for expert, rows, share in segments(weights, experts, self.config.num_experts):
+            y = self.expert(expert, x[rows], rows, share, observer)
+            out.index_add_(0, rows, y * share[:, None])  # a token occurs once in a segment: no race, one order
+        return out.to(x.dtype)
+
+    def expert(self, expert: int, x: Tensor, tokens: Tensor, weights: Tensor, observer: Observer | None) -> Tensor:
+        """down(silu(gate(x)) * up(x)) of one expert: [n, D] -> [n, D]."""
+        if observer:
+            observer(Slot(Role.GATE, self.index, expert), x, tokens, weights)
+            observer(Slot(Role.UP, self.index, expert), x, tokens, weights)
+        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)  # [n, F] each
+        inner = F.silu(gate) * up
+        if observer:
+            observer(Slot(Role.DOWN, self.index, expert), inner, tokens, weights)
+        return F.linear(inner, self.down[expert])
+
+
+def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Router's choice [N, K], twice -> per expert that has any: its number, its tokens [n], their weights [n].
+
+    One sort of the pairs; scripts/bench/experts.py holds this against loops over masks, grouped and dense products.
+    """
+    if len(experts) == 1:  # nothing to sort
+        for place, expert in enumerate(experts[0].tolist()):
+            yield expert, torch.zeros_like(experts[0, :1]), weights[0, place : place + 1]
+        return
+    expert_of, order = experts.flatten().sort(stable=True)  # [N*K]
+    token_of, weight_of = order // experts.shape[1], weights.flatten()[order]
+    start = 0
+    for expert, count in enumerate(torch.bincount(expert_of, minlength=num_experts).tolist()):
+        if count:
+            yield expert, token_of[start : start + count], weight_of[start : start + count]
+        start += count
+
+
+class Head:
+    """Final norm and output matrix: hidden states -> logits, always fp32."""
+
+    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.norm = torch.empty(config.shape(Role.NORM), device=device, dtype=dtype)  # [D]
+        self.matrix = host.empty(config.shape(Role.HEAD), device, dtype)  # [V, D]
+
+    @classmethod
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Head:
+        part = cls(reader.config, device, dtype)
+        _fill(part.norm, reader, Slot(Role.NORM))
+        _fill(part.matrix, reader, Slot(Role.HEAD))
+        return part
+
+    def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
+        """[.., D] -> [.., V] fp32. The result is the only large thing made; see `chunks` for more rows than fit."""
+        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
+        if observer:
+            observer(Slot(Role.HEAD), x.flatten(0, -2), None, None)
+        wide = x.float()
+        if self.matrix.dtype == torch.float32:
+            return F.linear(wide, self.matrix)
+        # a product in bf16 would round logits of 20 to steps of 1/8: top-1 becomes a matter of ties
+        logits = host.empty((*x.shape[:-1], len(self.matrix)), x.device, torch.float32)
+        with host.bf16_products(self.matrix):
+            for start in range(0, len(self.matrix), HEAD_ROWS):
+                rows = self.matrix[start : start + HEAD_ROWS]
+                logits[..., start : start + HEAD_ROWS] = F.linear(wide, rows.float())
+        return logits
+
+    def chunks(self, x: Tensor, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
+        """x [N, D] -> (first row, logits [<= rows, V]) until N: never more than `rows` rows of logits at once."""
+        for start in range(0, len(x), rows):
+            yield start, self(x[start : start + rows])
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of every layer, for `batch` sequences of up to `capacity` columns."""
+
+    def __init__(self, model: Mixtral, batch: int, capacity: int, padding: Tensor | None = None) -> None:
+        """`padding` [B]: how many of the first columns of each sequence are not text; None where all are."""
+        self.layers = [LayerCache(model.config, batch, capacity, model.device, model.dtype) for _ in model.layers]
+        self.capacity, self.used, self.padding = capacity, 0, padding
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences only, [n] indices into the batch."""
+        for layer in self.layers:
+            layer.select(rows)
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+
+class Mixtral:
+    """All parts in memory, on one device. See stream.py for a model larger than memory."""
+
+    def __init__(self, embedding: Embedding, layers: list[Layer], head: Head) -> None:
+        self.config, self.embedding, self.layers, self.head = head.config, embedding, layers, head
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.table.dtype
+
+    @classmethod
+    def load(
+        cls,
+        reader: Reader,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        max_memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> Mixtral:
+        """Read a model tensor by tensor: the peak is the model in `dtype` and one stored tensor.
+
+        Raises MemoryBudgetError, before anything is read, if that is more than `max_memory` bytes; TensorError for a
+        tensor whose shape contradicts the configuration.
+        """
+        budget.check(reader, dtype.itemsize, max_memory)
+        where = torch.device(device)
+        watched = _Watched(reader, progress) if progress else reader
+        embedding = Embedding.load(watched, where, dtype)
+        layers = [Layer.load(watched, index, where, dtype) for index in range(reader.config.num_layers)]
+        head = Head.load(watched, where, dtype)
+        if progress:
+            progress.finish()
+        return cls(embedding, layers, head)
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None, observer: Observer | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, D] after the last layer, before the final norm. Continues after what `cache` holds.
+
+        Raises ValueError if the cache has no room for T more columns.
+        """
+        start, padding = (cache.used, cache.padding) if cache else (0, None)
+        if cache and start + ids.shape[1] > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} columns, {start + ids.shape[1]} are asked for")
+        where = span(self.config, ids.shape[1], self.device, start, padding)
+        x = self.embedding(ids)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, where, cache.layers[index] if cache else None, observer)
+        if cache:
+            cache.used += ids.shape[1]
+        return x
+
+    def __call__(
+        self, ids: Tensor, cache: Cache | None = None, *, last_only: bool = False, observer: Observer | None = None
+    ) -> Tensor:
+        """ids [B, T] -> logits [B, T, V] fp32, or [B, 1, V] of the last position with `last_only`."""
+        x = self.hidden(ids, cache, observer)
+        return self.head(x[:, -1:] if last_only else x, observer)
+
+
+class _Watched:
+    """A reader that tells what was read of it."""
+
+    def __init__(self, reader: Reader, progress: Progress) -> None:
+        self.config, self.slots, self.spec = reader.config, reader.slots, reader.spec
+        self._read, self._progress = reader.read, progress
+        progress.start("loading", sum(budget.stored_bytes(reader, slot) for slot in reader.slots()))
+
+    def read(self, slot: Slot) -> Tensor:
+        tensor = self._read(slot)
+        self._progress.advance(tensor.nbytes)
+        return tensor

@@ -1,0 +1,333 @@
+"""Layer-major running: all the text goes through one layer before the next layer is needed.
+
+    reader ─► thread: fill layer i+1 while layer i computes ─┐
+    ids ─► Embedding ─► States ─► layer i over every pass ─► States ─► ... ─► Head ─► logits
+                        (memory, or an unnamed file)
+
+Each weight is read once, whatever the amount of text. `plan` says before anything is read how the memory will be used.
+Sequences are independent; a pass is a run of sequences of one length, so give sequences of one length side by side.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import MixtralConfig
+from ..errors import InputError, MemoryBudgetError
+from ..layouts.reader import Reader, Spec
+from ..names import Role, Slot, layer_slots
+from ..progress import Progress, Silent
+from ..storage.store import CHUNK, Bits
+from . import budget
+from .model import HEAD_ROWS, Embedding, Head, Layer, Observer, Span, span
+from .states import States, size
+
+PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
+PASS_TOKENS_ACCELERATOR = 8192
+LOGIT_ROWS = 1024  # rows of logits at once; the head is widened to fp32 anew for each such chunk
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will use memory, bytes throughout; `peak_bytes` is an upper bound of what it allocates."""
+
+    double: bool  # the next layer is read while this one computes; False: in turn, since two do not fit
+    spilled: bool  # hidden states lie in a temporary file, since they do not fit
+    pass_tokens: int
+    logit_rows: int
+    states_bytes: int
+    peak_bytes: int
+
+
+class Stream:
+    """A model that is run a layer at a time, from any Reader."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        max_memory: int | None = None,
+        progress: Progress | None = None,
+        spill: Path | None = None,
+    ) -> None:
+        """`max_memory` bytes for weights, activations and hidden states together; None sets no limit.
+
+        `spill`: the folder of hidden states that do not fit; the system's temporary folder if None.
+        """
+        self.reader, self.config, self.device, self.dtype = reader, reader.config, torch.device(device), dtype
+        self.max_memory, self.progress = max_memory, progress or Silent()
+        self.spill = spill or Path(tempfile.gettempdir())
+        self.reserved = 0  # bytes of max_memory that the caller has given away
+        self.remarks: list[str] = []  # what the last run gave up to stay within the memory allowed
+        self._spans: dict[int, Span] = {}
+
+    # --- what fits ---
+
+    def plan(self, lengths: Sequence[int], *, copies: int = 1, held: int = 0) -> Plan:
+        """How sequences of these lengths will run, with room for `copies` sets of hidden states.
+
+        `held`: bytes in memory already, that stay there. Raises MemoryBudgetError, which names the least that works, if
+        even one layer at a time does not fit.
+        """
+        needs = _Needs.of(self.reader, self.device, self.dtype)
+        held += self.reserved
+        longest, tokens = max(lengths, default=0), sum(lengths)
+        states = copies * tokens * self.config.hidden_size * self.dtype.itemsize
+        target = max(longest, min(tokens, PASS_TOKENS.get(self.device.type, PASS_TOKENS_ACCELERATOR)))
+        rows = max(1, min(tokens, LOGIT_ROWS))
+        if self.max_memory is None:
+            return Plan(True, False, target, rows, states, held + states + needs.peak(2, target, rows))
+        allowed = self.max_memory - held
+        least = needs.peak(1, longest, 1)
+        if least > allowed:
+            raise MemoryBudgetError(
+                f"even one layer and one sequence of {longest} tokens do not fit; allow {size(least + held)} or more, "
+                "or take a shorter context",
+                expected=f"at most {size(self.max_memory)}", found=size(least + held),
+            )  # fmt: skip
+        # a second layer hides the reading, states in memory save a little traffic: the layer goes first
+        double = needs.peak(2, longest, 1) <= allowed
+        spilled = needs.peak(1 + double, longest, 1) + states > allowed
+        free = allowed - (0 if spilled else states)
+        target = min(target, max(longest, (free - needs.layers(1 + double)) // needs.token))
+        rows = min(rows, max(1, (free - needs.head) // needs.logits))
+        peak = needs.peak(1 + double, target, rows) + (0 if spilled else states)
+        return Plan(double, spilled, target, rows, states, held + peak)
+
+    # --- the run ---
+
+    def hidden(
+        self, sequences: Sequence[Tensor], *, stop: int | None = None, observer: Observer | None = None
+    ) -> States:
+        """ids, [T] each -> the states before layer `stop`, or after the last.
+
+        Raises MemoryBudgetError before anything is read, InputError for an id outside the vocabulary, and
+        whatever the reader raises.
+        """
+        return self.run(self.embed(sequences), stop=stop, observer=observer)
+
+    def embed(self, sequences: Sequence[Tensor], *, spilled: bool = False) -> States:
+        """ids, [T] each -> the states before layer 0, in a file if they do not fit or if asked. Raises as `hidden`."""
+        lengths = [len(ids) for ids in sequences]
+        plan = self.plan(lengths)
+        check_ids(sequences, self.config)
+        states = self._states(lengths, replace(plan, spilled=spilled or plan.spilled))
+        embedding = Embedding.load(self.reader, self.device, self.dtype)
+        for start, ids in zip(states.starts, sequences, strict=False):
+            states.write(start, embedding(ids.to(self.device)))
+        return states
+
+    def run(
+        self, states: States, *, stop: int | None = None, observer: Observer | None = None, keep: bool = False
+    ) -> States:
+        """Carry states from their layer up to before layer `stop` (None: through the last), in place.
+
+        With `keep` they stay as they are, to start from again, and others are returned.
+        """
+        stop = self.config.num_layers if stop is None else stop
+        plan = self.plan(states.lengths, copies=int(keep), held=states.memory_bytes)
+        source, target = states, states
+        if keep:
+            target = self._states(states.lengths, plan, states.layer)
+            if states.layer >= stop:
+                for start in range(0, states.tokens, plan.pass_tokens):
+                    target.write(start, states.rows(start, min(start + plan.pass_tokens, states.tokens)))
+        self.remarks = _remarks(plan, target)
+        self.progress.start("; ".join(["layers", *self.remarks]), states.tokens * max(0, stop - states.layer), "tok")
+        for layer in self.layers(states.layer, stop, double=plan.double):
+            self.through(layer, source, into=target, observer=observer, pass_tokens=plan.pass_tokens)
+            source, target.layer = target, layer.index + 1
+        self.progress.finish()
+        return target
+
+    def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
+        return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
+
+    def layers(self, first: int, stop: int, *, double: bool = True) -> Iterator[Layer]:
+        """Layers first .. stop-1, filled. Each is valid until the next is asked for.
+
+        With `double`, the next one is read meanwhile, on a thread of its own, into a second layer's memory.
+        """
+        if first >= stop:
+            return
+        spare = [Layer(self.config, first, self.device, self.dtype) for _ in range(2 if double else 1)]
+        with ThreadPoolExecutor(1, "mixtools-reader") as reader:
+            coming: Future[Layer] = reader.submit(fill, spare[0], self.reader, first)
+            for index in range(first, stop):
+                layer = coming.result()
+                if double and index + 1 < stop:
+                    coming = reader.submit(fill, spare[(index + 1 - first) % 2], self.reader, index + 1)
+                yield layer
+                if not double and index + 1 < stop:
+                    coming = reader.submit(fill, spare[0], self.reader, index + 1)
+
+    def through(
+        self,
+        layer: Layer,
+        states: States,
+        *,
+        into: States | None,
+        observer: Observer | None = None,
+        pass_tokens: int,
+    ) -> None:
+        """All sequences through one layer, and the result into `into` (may be `states`; None: for an observer only).
+
+        A pass is at most `pass_tokens` tokens, but one sequence at least.
+        """
+        for first, last in passes(states.lengths, pass_tokens):
+            length, start, end = states.lengths[first], states.starts[first], states.starts[last]
+            x = states.rows(start, end).to(self.device).view(last - first, length, -1)
+            y = layer(x, self._span(length), observer=observer)
+            if into is not None:
+                into.write(start, y.flatten(0, 1))
+            self.progress.advance(end - start)
+
+    def logits(
+        self, states: States, rows: Tensor | None = None, *, head: Head | None = None, chunk: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(n, logits [r, V] fp32) chunk by chunk: of the tokens rows[n : n + r], indices into all sequences joined.
+
+        `rows` [R], ascending; None takes every token. `head`: one that is loaded already. `chunk` rows at once; None
+        takes as many as fit.
+        """
+        rows = torch.arange(states.tokens) if rows is None else rows
+        chunk = chunk or self.plan(states.lengths, copies=0, held=states.memory_bytes).logit_rows
+        head = head or Head.load(self.reader, self.device, self.dtype)
+        for start in range(0, len(rows), chunk):
+            yield start, head(states.select(rows[start : start + chunk]).to(self.device))
+
+    def _span(self, length: int) -> Span:
+        if length not in self._spans:
+            self._spans[length] = span(self.config, length, self.device)
+        return self._spans[length]
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """A reader that gives a tensor in runs of rows; a block is valid until the next is asked for."""
+
+    def spec(self, slot: Slot) -> Spec: ...
+
+    def blocks(self, slot: Slot, max_bytes: int) -> Iterator[Bits]: ...
+
+
+def fill(layer: Layer, reader: Reader, index: int) -> Layer:
+    """Make `layer` the one of that index.
+
+    From a file on a CPU in blocks that stay in the cache on their way into place: half the work of whole tensors, and
+    none of it by torch, whose threads are busy with the layer before.
+    """
+    if not isinstance(reader, Blocks) or layer.down.device.type != "cpu":
+        layer.fill(reader, index)
+        return layer
+    layer.index = index
+    for slot in layer_slots(index, layer.config.num_experts):
+        weight, spec = layer.weight(slot), reader.spec(slot)
+        if spec.dtype.torch() != weight.dtype:
+            weight.copy_(reader.read(slot))
+            continue
+        rows = weight.view(torch.uint8).numpy().reshape(-1, weight.shape[-1] * spec.dtype.itemsize)
+        at = 0
+        for block in reader.blocks(slot, CHUNK):
+            rows[at : at + len(block)] = block.view(np.uint8)
+            at += len(block)
+    return layer
+
+
+def _remarks(plan: Plan, states: States) -> list[str]:
+    remarks = [] if plan.double else ["two layers do not fit in memory: reading and computing take turns"]
+    if states.spilled:
+        remarks.append(f"the hidden states do not fit in memory: a temporary file holds {size(plan.states_bytes)}")
+    return remarks
+
+
+def passes(lengths: Sequence[int], pass_tokens: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of neighbouring sequences of one length, at most `pass_tokens` tokens but one sequence."""
+    first = 0
+    while first < len(lengths):
+        last = first + 1
+        while (
+            last < len(lengths)
+            and lengths[last] == lengths[first]
+            and (last + 1 - first) * lengths[first] <= pass_tokens
+        ):
+            last += 1
+        yield first, last
+        first = last
+
+
+def check_ids(sequences: Sequence[Tensor], config: MixtralConfig) -> None:
+    """Raise InputError for an id that the model has no embedding for, or an empty sequence."""
+    for number, ids in enumerate(sequences):
+        if not len(ids):
+            raise InputError(f"sequence {number} is empty")
+        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+            position = int(((ids < 0) | (ids >= config.vocab_size)).nonzero()[0])
+            raise InputError(
+                f"sequence {number}, position {position}: the id is outside the vocabulary; is this the model's "
+                "own tokenizer?",
+                expected=f"0 to {config.vocab_size - 1}", found=int(ids[position]),
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Upper bounds in bytes; see the test that counts what is really allocated."""
+
+    embed: int  # the table, and the stored tensor it comes from
+    layer: int  # one layer's weights
+    aside: int  # beside the layers: stored tensors on their way, and the products' own room
+    row: int  # hidden state of one token
+    token: int  # activations of one token in a layer
+    head: int
+    logits: int  # one row of logits and what is made of it
+
+    @classmethod
+    def of(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> _Needs:
+        config, size = reader.config, dtype.itemsize
+        d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        stored = max(budget.stored_bytes(reader, slot) for slot in layer_slots(0, config.num_experts))
+        ends = max(budget.stored_bytes(reader, Slot(role)) for role in (Role.EMBED, Role.HEAD))
+        # twice: a layout that permutes or transposes holds the tensor before and after
+        table = v * d * size + 2 * ends
+        # wide = fp32: norm and its square; rotary halves, products and their join
+        attention = size * (2 * d + 3 * heads) + 4 * max(3 * d, 3 * heads)
+        # every token may go to one expert: gate and up, silu, product; the sum is fp32
+        experts = size * (3 * d + 4 * f) + 4 * 3 * d
+        return cls(
+            embed=table,
+            layer=budget.layer_bytes(config, size) + 4 * config.num_experts * d,
+            row=d * size,
+            aside=2 * stored + 2 * f * d * size,
+            token=size * 3 * d + max(attention, experts),
+            head=table + 4 * HEAD_ROWS * d,
+            logits=4 * (5 * v + 3 * d),
+        )
+
+    def layers(self, count: int) -> int:
+        return count * self.layer + self.aside
+
+    def peak(self, layers: int, pass_tokens: int, logit_rows: int) -> int:
+        """Everything but the states between layers: the largest of a run's three parts."""
+        running = self.layers(layers) + self.token * pass_tokens
+        return max(self.embed + self.row * pass_tokens, running, self.head + self.logits * logit_rows)

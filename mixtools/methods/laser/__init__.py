@@ -1,0 +1,1 @@
+"""LASER: matrices replaced by approximations of lower rank."""

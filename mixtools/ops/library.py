@@ -1,0 +1,78 @@
+"""Operations on torch tensors that have a kernel of ours, as `torch.ops.mixtools.*`.
+
+Each has a schema with a shape function, a CPU kernel, and beside them the same in plain torch: what the kernel is
+tested against, and what a reader may take as its definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import MixtoolsError
+from ..storage.dtypes import WEIGHT_DTYPES, DType
+from . import cpu
+
+_WEIGHTS = {dtype.torch(): dtype for dtype in WEIGHT_DTYPES}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows these, but not bfloat16
+
+
+def transpose_reference(weight: Tensor) -> Tensor:
+    """[rows, cols] -> [cols, rows], contiguous."""
+    return weight.t().clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mixtools::transpose", mutates_args=(), device_types="cpu")
+def transpose(weight: Tensor, threads: int = 1) -> Tensor:
+    """`weight` [rows, cols], real, any strides -> its transpose [cols, rows], contiguous, bit for bit.
+
+    A matrix whose rows are not dense is copied first. Raises MixtoolsError for what is no real matrix.
+    """
+    _check_matrix(weight)
+    result = weight.new_empty(weight.shape[::-1])
+    rows = weight if weight.stride(1) == 1 else weight.contiguous()
+    bits = _INTEGER[weight.itemsize]
+    cpu.transpose(rows.detach().view(bits).numpy(), out=result.view(bits).numpy(), threads=threads)
+    return result
+
+
+@transpose.register_fake
+def _(weight: Tensor, threads: int = 1) -> Tensor:
+    _check_matrix(weight)
+    return weight.new_empty((weight.shape[1], weight.shape[0]))
+
+
+def first_nonfinite_reference(values: Tensor) -> Tensor:
+    """Index of the first NaN or infinity in `values`, counted row by row, or -1: a scalar, int64."""
+    found = values.reshape(-1).isfinite().logical_not().nonzero()
+    return found[0, 0] if len(found) else torch.tensor(-1)
+
+
+@torch.library.custom_op("mixtools::first_nonfinite", mutates_args=(), device_types="cpu")
+def first_nonfinite(values: Tensor, threads: int = 1) -> Tensor:
+    """Index of the first NaN or infinity in `values`, counted row by row, or -1: a scalar, int64.
+
+    bfloat16, float16 or float32 of any shape; copied first if not contiguous. Raises MixtoolsError for other dtypes.
+    """
+    dtype = _check_weights(values)
+    data = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    index = cpu.first_nonfinite(data, dtype, threads=threads)
+    return torch.tensor(-1 if index is None else index)
+
+
+@first_nonfinite.register_fake
+def _(values: Tensor, threads: int = 1) -> Tensor:
+    _check_weights(values)
+    return values.new_empty((), dtype=torch.int64)
+
+
+def _check_matrix(weight: Tensor) -> None:
+    if weight.ndim != 2 or weight.is_complex() or weight.is_quantized:
+        raise MixtoolsError(f"transpose takes a real matrix, not {weight.dtype} {list(weight.shape)}")
+
+
+def _check_weights(values: Tensor) -> DType:
+    if values.dtype not in _WEIGHTS:
+        names = ", ".join(str(dtype) for dtype in _WEIGHTS)
+        raise MixtoolsError(f"NaN and infinity are sought in {names}, not {values.dtype}")
+    return _WEIGHTS[values.dtype]

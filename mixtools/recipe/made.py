@@ -1,0 +1,69 @@
+"""recipe.yaml beside what a recipe's step made: what it was, and whether the step need run again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from .. import __version__
+from ..errors import RecipeError
+from .resolve import Recipe, Step, read
+
+NAME = "recipe.yaml"
+_EDGE = 1 << 20  # bytes of a large file that are looked at, at either end
+
+
+def resolved(recipe: Recipe, steps: Sequence[Step], step: Step, inputs: str) -> bytes:
+    """recipe.yaml of what `step` made: a recipe itself, all values in it. `inputs` is digest()'s."""
+    made = {"step": step.name, "mixtools": __version__, "inputs": inputs}
+    document = {
+        "name": recipe.name, "description": recipe.description, "steps": [s.document() for s in steps], "made": made,
+    }  # fmt: skip
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+    return f"# The recipe, as it ran, by which this was made; `mixtools run {NAME}` does it again.\n{text}".encode()
+
+
+def is_made(step: Step, inputs: str) -> bool:
+    """Whether the step's folder holds, whole, what these options make of these inputs."""
+    from ..storage.output import WORK
+
+    folder = step.folder
+    if folder is None or not (folder / NAME).is_file() or (folder / WORK).exists():
+        return False
+    try:
+        document = yaml.safe_load(read(folder / NAME))
+        made = document["made"]
+        entry = next(s for s in document["steps"] if s.get("as") == made["step"])
+    except (RecipeError, yaml.YAMLError, KeyError, TypeError, AttributeError, StopIteration):
+        return False
+    if {**entry, "as": step.name} != step.document() or (made["inputs"], made["mixtools"]) != (inputs, __version__):
+        return False
+    born = (folder / NAME).stat().st_mtime_ns  # a source of the same size, changed since, is newer than this
+    return all(file.stat().st_mtime_ns <= born for path in step.inputs() for file in _files(Path(path)))
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Of inputs as `is_made` compares them: small files whole, of large ones size, head and tail.
+
+    A torch zip's tail and our manifest hold the checksums of all tensors.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        for file in _files(path):
+            size = file.stat().st_size
+            found.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                found.update(stream.read(_EDGE))
+                stream.seek(max(_EDGE, size - _EDGE))
+                found.update(stream.read(_EDGE))
+    return found.hexdigest()[:32]
+
+
+def _files(path: Path) -> list[Path]:
+    """What of an input counts: no copied recipe, nothing hidden."""
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.is_file() and p.name != NAME and not p.name.startswith("."))
+    return [path] if path.is_file() else []
