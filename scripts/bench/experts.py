@@ -1,4 +1,4 @@
-"""Which way through the experts is fastest on a CPU: the measurement behind Layer.experts in mixtools/inference/model.py.
+"""Which way through the experts is fastest on a CPU: the measurement behind Layer.experts in inference/model.py.
 
     python scripts/bench/experts.py [--wide] [--threads 1 2]
 
