@@ -1,41 +1,38 @@
-"""Conversion between layouts: each tensor once through memory, in blocks, into its planned place."""
+"""Conversion between layouts: each tensor once through memory, in blocks, into its planned place.
+
+    source ─► Options, Changes ─► Job (job.py): a unit for each slot that is copied or cast, one for each Work
+
+A method that makes some matrices anew gives its Changes to `plan_hf`; what it does not touch is copied byte for byte.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from . import __version__
 from .config import MixtralConfig
-from .errors import FormatError, InputError, Interrupted, TensorError, UnsafeError, UsageError
+from .errors import FormatError, InputError, MixtoolsError, TensorError, UnsafeError, UsageError
+from .formats import Format, Packed, Plain
+from .job import Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
 from .layouts.detect import stays_inside
 from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Slot
-from .progress import Progress, Silent
-from .storage import manifest, plan
-from .storage.dtypes import DType
+from .storage import plan
+from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
-from .storage.store import CHUNK, Bits
+from .storage.store import CHUNK, Bits, from_tensor, to_tensor
 from .text.pieces import read_model, read_pieces
 
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 TOKENIZER = "tokenizer.model"
 MAX_DOCUMENT = 64 << 20
-# what lies beside every output made within: the recipe, whatever command its step calls
-ENCLOSED: ContextVar[Mapping[str, bytes]] = ContextVar("enclosed", default={})  # noqa: B039, nobody changes it
 
 
 @dataclass(frozen=True)
@@ -46,81 +43,104 @@ class Options:
     max_shard_bytes: int = 5_000_000_000
 
 
-@dataclass(frozen=True)
-class Run:
-    """How, not what: none of this changes a byte of the output."""
+class Work(NamedTuple):
+    """Slots that a method makes anew at one go, and how: what is stored of each, in their order."""
 
-    overwrite: bool = False
-    resume: bool = True
-    jobs: int = 2
-    progress: Progress = field(default_factory=Silent)
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise UsageError(f"{self.jobs} jobs do no work; at least one does")
-
-
-class Unit(NamedTuple):
-    """What is written at one go: regions of the output, and what makes their blocks, one iterator a region."""
-
-    regions: tuple[Region, ...]
-    make: Callable[[Output], Iterable[Iterator[Bits]]]
+    slots: tuple[Slot, ...]
+    make: Callable[[Output], Iterable[Packed]]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A conversion that is fully planned: sizes are known, nothing is written.
+class Changes:
+    """What a method makes of a source.
 
-    `changes`: the slots that are made anew; all others are copied. `prepare` finds further ones, once the output is
-    open and can keep notes. `record`: what beside `options` decides the bytes, for journal and manifest. `report`
-    gives, once all is written, the documents that tell of it.
+    `formats`: how slots are stored, of those that are not to be plain and of the source's dtype. `work` gives, once the
+    output is open and can keep notes, all that is made anew; the other slots are copied.
     """
 
-    source: Checkpoint
-    layout: Layout
-    options: Options
-    plan: plan.Plan
-    documents: Mapping[str, bytes]
-    last: Mapping[str, bytes]
-    missing: tuple[str, ...] = ()  # what the output lacks because the source does, for the user to know
-    changes: Mapping[Slot, Unit] = field(default_factory=dict)
-    prepare: Callable[[Output], Mapping[Slot, Unit]] | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
-    report: Callable[[Output], Mapping[str, bytes]] | None = None
-    label: str = "converting"
-    jobs: int | None = None  # threads at most
-
-    @property
-    def peak_bytes(self) -> int:
-        """Buffers of a worker that copies: a block before and after, or a tensor that is transposed or multiplied."""
-        copied = [slot for slot in self.source.slots() if slot not in self.changes]
-        whole = [_stored_bytes(self, slot) for slot in copied if not _granule(self, slot)]
-        whole += [2 * _stored_bytes(self, slot) for slot in copied if self.source.is_factored(slot)]  # fp32 between
-        return 2 * max([2 * CHUNK, *whole])
+    formats: Mapping[Slot, Format] = field(default_factory=dict)
+    work: Callable[[Output], Iterable[Work]] = lambda _: ()
 
 
-def plan_hf(source: Checkpoint, options: Options, stored: Mapping[Slot, Sequence[plan.Shape]] | None = None) -> Job:
+def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None) -> Job:
     """Layout D: sharded safetensors, configuration, tokenizer and chat template.
 
-    `stored`: slots that lie there as other tensors than one of their own shape.
+    Raises UsageError for options that cannot be, TokenizerError and what else reading the source's documents raises.
     """
-    tensors = _tensors(source, HF, options, stored or {})
-    target = plan_for(HF, tensors, options.max_shard_bytes)
+    changes = changes or Changes()
+    formats = {**_plain(source, options), **changes.formats}
+    tensors = stored_tensors(HF, source.config, formats)
     documents, missing = _hf_documents(source)
-    dtypes = dict.fromkeys(dtype for _, dtype, _ in tensors)  # in order: a tie is not left to the order of a set
-    torch_dtype = max(dtypes, key=lambda dtype: sum(math.prod(s) for _, d, s in tensors if d is dtype)).torch_name
-    config = _json(source.config.to_hf(torch_dtype))
-    return Job(source, HF, options, target, documents, {"config.json": config}, missing)
+    config = source.config.to_hf(_main_dtype(tensors).torch_name)
+    for format in formats.values():
+        config |= format.fragment()
+    job = _job(source, HF, options, plan_for(HF, tensors, options.max_shard_bytes), Changes(formats, changes.work))
+    return replace(job, documents=documents, last={"config.json": _json(config)}, missing=missing)
 
 
 def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
     """Layout C, or A as a torch zip."""
     layout = CONSOLIDATED if safetensors else TORRENT
-    target = plan_for(layout, _tensors(source, layout, options), options.max_shard_bytes)
+    formats = _plain(source, options)
+    tensors = stored_tensors(layout, source.config, formats)
     model = source.folder / TOKENIZER
     documents = {TOKENIZER: _tokenizer(model)} if model.is_file() else {}
     last = {"params.json": _json(source.config.to_params())}
-    return Job(source, layout, options, target, documents, last, () if documents else (TOKENIZER,))
+    job = _job(source, layout, options, plan_for(layout, tensors, options.max_shard_bytes), Changes(formats))
+    return replace(job, documents=documents, last=last, missing=() if documents else (TOKENIZER,))
+
+
+def _plain(source: Checkpoint, options: Options) -> dict[Slot, Format]:
+    """Every slot as it is, or cast. Raises UsageError for a dtype that there is not."""
+    if options.dtype not in ("keep", *DTYPES):
+        raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
+    return {slot: Plain(DTYPES.get(options.dtype) or source.spec(slot).dtype) for slot in source.slots()}
+
+
+def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan, changes: Changes) -> Job:
+    """All but the documents; `changes` tells the format of every slot."""
+    formats = changes.formats
+
+    def copy(slot: Slot) -> Unit:
+        dtype = formats[slot].dtype
+        return slot_unit(layout, slot, source.config, target, lambda: _blocks(source, layout, slot, dtype))
+
+    def units(output: Output) -> list[Unit]:
+        made = {work.slots[0]: _work_unit(work, source.config, formats) for work in changes.work(output)}
+        anew = {slot for unit in made.values() for slot in unit.slots}
+        return [made.get(slot) or copy(slot) for slot in source.slots() if slot in made or slot not in anew]
+
+    files = source.store.sources
+    sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
+    inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
+    record = {"layout": layout.name, "options": asdict(options)}
+    return Job(inputs, target, units, record, {}, {}, worker_bytes=_worker_bytes(source, layout))
+
+
+def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:
+    """A method's own, in layout D, where each slot is a tensor, or several, to itself."""
+    pieces = {slot: HF.piece(slot, config) for slot in work.slots}
+    names = [piece.part(part.suffix) for slot, piece in pieces.items() for part in formats[slot].parts(piece.shape)]
+
+    def make(output: Output) -> Iterator[Iterator[Bits]]:
+        for slot, packed in zip(work.slots, work.make(output), strict=True):
+            if packed.format != (planned := formats[slot]):
+                raise MixtoolsError("is not what was planned", tensor=slot, expected=planned, found=packed.format)
+            for part in packed.parts:
+                yield iter([from_tensor(part)])
+
+    return Unit(tuple(Region(name, 0) for name in names), make, work.slots)
+
+
+def _worker_bytes(source: Checkpoint, layout: Layout) -> int:
+    """Buffers of a thread that copies: a block before and after, or a tensor that is transposed or decoded."""
+    most = 2 * CHUNK
+    for slot in source.slots():
+        shape, dtype = source.spec(slot)
+        decoding = source.format(slot).decode_bytes(shape)
+        granule = math.lcm(layout.granule(slot, source.config), source.layout.granule(slot, source.config))
+        most = max(most, decoding and dtype.nbytes(shape) + decoding, 0 if granule else dtype.nbytes(shape))
+    return 2 * most
 
 
 def plan_for(layout: Layout, tensors: Sequence[plan.Shape], max_shard_bytes: int) -> plan.Plan:
@@ -141,121 +161,26 @@ def plan_for(layout: Layout, tensors: Sequence[plan.Shape], max_shard_bytes: int
     raise UsageError(f"layout {layout.letter} ({layout.title}) cannot be written")
 
 
-def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
-    """Carry a planned conversion out; returns what was done, as a document.
-
-    Raises the errors of storage.output and of the source's reading. An interrupted or failed run leaves its
-    work in `folder`/.mixtools, and the same call continues it to the same bytes.
-    """
-    how = how or Run()
-    _expect_elsewhere(job.source.folder, folder)
-    key = {"options": asdict(job.options), "source": [s.fingerprint() for s in job.source.store.sources]}
-    key |= {"layout": job.layout.name, "mixtools": __version__, **job.record}
-    with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
-        total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
-        changes = {**job.changes, **(job.prepare(output) if job.prepare else {})}
-        for source in job.source.store.sources:
-            source.read_once()
-        how.progress.start(job.label, total)
-        how.progress.advance(output.done_bytes)
-        resumed = output.done_bytes
-        units = {slot: changes.get(slot) or _copy(job, slot) for slot in job.source.slots()}
-        earlier = [slot for slot, unit in units.items() if output.done.keys() >= {*unit.regions}]
-        write_units(units.values(), output, replace(how, jobs=min(how.jobs, job.jobs or how.jobs)))
-        job.source.finish(earlier)
-        how.progress.finish()
-        origin = {
-            "mixtools": __version__,
-            "layout": job.layout.name,
-            "options": asdict(job.options),
-            **job.record,
-            "source": {"layout": job.source.layout.name, "files": _sizes(job.source)},
-        }
-        record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
-        told = job.report(output) if job.report else {}
-        output.commit({**job.documents, **told, **ENCLOSED.get(), manifest.NAME: record}, job.last)
-    return {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed, "missing": list(job.missing)}
-
-
-def _copy(job: Job, slot: Slot) -> Unit:
-    """The slot as it is, or cast."""
-    return _unit(job.layout, slot, job.source.config, job.plan, lambda: _blocks(job, slot))
-
-
-def _unit(
+def slot_unit(
     layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan, blocks: Callable[[], Iterator[Bits]]
 ) -> Unit:
-    """`blocks` gives canonical rows; they are written as `layout` has them."""
-    op = layout.rules[slot.role].op
+    """`blocks` gives canonical rows [rows, columns] in order, in runs that are multiples of `layout.granule`, with the
+    target's dtype; they are written as `layout` has them.
+    """
+    rule, piece = layout.rules[slot.role], layout.piece(slot, config)
 
     def make(_: Output) -> Iterator[Iterator[Bits]]:
-        yield (from_canonical(op, block, config.head_dim) for block in blocks())
+        yield (from_canonical(rule.op, block, config.head_dim) for block in blocks())
 
-    return Unit((region_of(layout, slot, config, target),), make)
-
-
-def write_slots(
-    layout: Layout, config: MixtralConfig, blocks: Callable[[Slot], Iterator[Bits]], output: Output, how: Run
-) -> None:
-    """All slots that are not yet written, on `jobs` threads; the first error stops them all.
-
-    `blocks` gives a slot's canonical rows [rows, columns] in order, in runs that are multiples of
-    `layout.granule`, with the target's dtype.
-    """
-    units = (_unit(layout, slot, config, output.plan, functools.partial(blocks, slot)) for slot in config.slots())
-    write_units(units, output, how)
+    start = piece.start * target.tensors[piece.name].row_bytes
+    return Unit((Region(piece.name, start),), make, (slot,))
 
 
-def write_units(units: Iterable[Unit], output: Output, how: Run) -> None:
-    """Those that are not yet written, on `jobs` threads, begun in order; the first error stops them all."""
-    stop = threading.Event()
-
-    def until_stopped(blocks: Iterator[Bits]) -> Iterator[Bits]:
-        for block in blocks:
-            if stop.is_set():
-                raise Interrupted("stopped; the same command continues")
-            yield block
-
-    def one(unit: Unit) -> None:
-        if output.done.keys() >= {*unit.regions} or stop.is_set():
-            return
-        for region, blocks in zip(unit.regions, unit.make(output), strict=True):
-            if region not in output.done:
-                how.progress.advance(output.add(region, until_stopped(blocks)))
-
-    with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
-        futures = [pool.submit(one, unit) for unit in units]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()  # also for KeyboardInterrupt, which arrives here
-            pool.shutdown(cancel_futures=True)
-        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-        for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):
-            raise error  # the cause, not what it interrupted in the other threads
-
-
-def region_of(layout: Layout, slot: Slot, config: MixtralConfig, target: plan.Plan) -> Region:
-    """Where a slot's bytes go in the output."""
-    piece = layout.piece(slot, config)
-    return Region(piece.name, piece.start * target.tensors[piece.name].row_bytes)
-
-
-def _stored_bytes(job: Job, slot: Slot) -> int:
-    shape, dtype = job.source.spec(slot)
-    return math.prod(shape) * dtype.itemsize
-
-
-def _granule(job: Job, slot: Slot) -> int:
-    config = job.source.config
-    return math.lcm(job.layout.granule(slot, config), job.source.layout.granule(slot, config))
-
-
-def _blocks(job: Job, slot: Slot) -> Iterator[Bits]:
-    """The slot in canonical form, with the target's dtype."""
-    source, target = job.source.spec(slot).dtype, _target_dtype(job.source, slot, job.options)
-    for block in job.source.blocks(slot, CHUNK, job.layout.granule(slot, job.source.config)):
-        yield cast(block, source, target, slot)
+def _blocks(source: Checkpoint, layout: Layout, slot: Slot, dtype: DType) -> Iterator[Bits]:
+    """The slot in canonical form, cast to `dtype`."""
+    stored = source.spec(slot).dtype
+    for block in source.blocks(slot, CHUNK, layout.granule(slot, source.config)):
+        yield cast(block, stored, dtype, slot)
 
 
 def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
@@ -265,51 +190,32 @@ def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
     """
     if source is target:
         return bits
-    import torch
-
-    before = torch.from_numpy(bits.view(f"i{source.itemsize}")).view(source.torch())
+    before = to_tensor(bits, source)
     after = before.to(target.torch())
     overflow = after.isinf() & before.isfinite()
     if overflow.any():
         value = before[overflow][0].item()
         wider = "bf16 or f32" if target is DType.F16 else "f32"
         raise TensorError(f"{value:g} does not fit {target.torch_name}; use {wider}", tensor=slot)
-    signed: Bits = after.view(getattr(torch, f"int{8 * target.itemsize}")).numpy()
-    return signed.view(np.dtype(f"u{target.itemsize}"))
+    return from_tensor(after)
 
 
-def _target_dtype(source: Checkpoint, slot: Slot, options: Options) -> DType:
-    return source.spec(slot).dtype if options.dtype == "keep" else DTYPES[options.dtype]
+def _main_dtype(tensors: Sequence[plan.Shape]) -> DType:
+    """The dtype of most numbers; of equals, the first."""
+    dtypes = dict.fromkeys(dtype for _, dtype, _ in tensors if dtype in WEIGHT_DTYPES)
+    return max(dtypes, key=lambda dtype: sum(math.prod(s) for _, d, s in tensors if d is dtype))
 
 
-def _tensors(
-    source: Checkpoint, layout: Layout, options: Options, stored: Mapping[Slot, Sequence[plan.Shape]] | None = None
-) -> list[plan.Shape]:
-    if options.dtype not in ("keep", *DTYPES):
-        raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
-    return stored_tensors(layout, source.config, lambda slot: _target_dtype(source, slot, options), stored or {})
-
-
-def stored_tensors(
-    layout: Layout,
-    config: MixtralConfig,
-    dtype_of: Callable[[Slot], DType],
-    instead: Mapping[Slot, Sequence[plan.Shape]] | None = None,
-) -> list[plan.Shape]:
-    """A layout's tensors in slot order, each once. Raises TensorError where two dtypes would meet in one.
-
-    `instead`: slots that lie there as other tensors than the layout's own.
-    """
+def stored_tensors(layout: Layout, config: MixtralConfig, formats: Mapping[Slot, Format]) -> list[plan.Shape]:
+    """A layout's tensors in slot order, each once. Raises TensorError where two dtypes would meet in one."""
     tensors: dict[str, plan.Shape] = {}
     for slot in config.slots():
-        if instead and slot in instead:
-            tensors |= {shape[0]: shape for shape in instead[slot]}
-            continue
         piece = layout.piece(slot, config)
-        dtype = dtype_of(slot)
-        known = tensors.setdefault(piece.name, (piece.name, dtype, piece.shape))
-        if known[1] is not dtype:
-            raise TensorError("would join tensors of two dtypes; choose one with --dtype", tensor=piece.name)
+        for suffix, dtype, shape in formats[slot].parts(piece.shape):
+            name = piece.part(suffix)
+            known = tensors.setdefault(name, (name, dtype, shape))
+            if known[1] is not dtype:
+                raise TensorError("would join tensors of two dtypes; choose one with --dtype", tensor=name)
     return list(tensors.values())
 
 
@@ -343,15 +249,6 @@ def _document(folder: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-
-
-def _expect_elsewhere(source: Path, folder: Path) -> None:
-    if source.resolve() == folder.resolve():
-        raise UsageError("the output is the source's own folder; name another", file=folder)
-
-
-def _sizes(source: Checkpoint) -> dict[str, int]:
-    return {path.name: path.stat().st_size for s in source.store.sources for path in s.paths}
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

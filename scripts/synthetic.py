@@ -20,6 +20,7 @@ the order of writing, or dtype (bf16 and f16 are the f32 values, rounded to near
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -31,9 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.config import MixtralConfig, from_document
 from mixtools.errors import TokenizerError, UsageError
+from mixtools.formats import Plain
 from mixtools.layouts.hf import HF, HF_BIN, HF_FUSED
 from mixtools.layouts.table import Layout
 from mixtools.layouts.torrent import CONSOLIDATED, SPLIT, STACKED, TORRENT
@@ -190,27 +192,29 @@ def layout_named(text: str) -> Layout:
 
 def write(
     model: Model, layout: Layout, dtype: DType, folder: Path, *,
-    tokenizer: Path | None = None, max_shard_bytes: int = 5_000_000_000, how: conversion.Run | None = None,
+    tokenizer: Path | None = None, max_shard_bytes: int = 5_000_000_000, how: job.Run | None = None,
 ) -> int:  # fmt: skip
     """Write the model into `folder`, resumably, as `mixtools convert` does; returns the bytes of its weight files.
 
     The tokenizer is the one given, or the tests' own where its vocabulary has the model's size.
     Raises the errors of storage.output; TokenizerError if a given tokenizer is another's.
     """
-    how = how or conversion.Run()
+    how = how or job.Run()
     stored = TORRENT if layout is SPLIT else layout
     documents = _tokenizer(model.config, tokenizer)
-    tensors = conversion.stored_tensors(stored, model.config, lambda slot: dtype)
+    slots = list(model.config.slots())
+    tensors = conversion.stored_tensors(stored, model.config, dict.fromkeys(slots, Plain(dtype)))
     plan = conversion.plan_for(stored, tensors, max_shard_bytes)
     key = {"synthetic": RECIPE, "seed": model.seed, "layout": stored.name}
 
     def blocks(slot: Slot) -> Iterator[Bits]:
         return model.blocks(slot, dtype, stored.granule(slot, model.config))
 
+    units = [conversion.slot_unit(stored, slot, model.config, plan, functools.partial(blocks, slot)) for slot in slots]
     with Output(folder, plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         how.progress.start("generating", sum(tensor.nbytes for tensor in plan.tensors.values()))
         how.progress.advance(output.done_bytes)
-        conversion.write_slots(stored, model.config, blocks, output, how)
+        job.write_units(units, output, how)
         how.progress.finish()
         output.commit(documents, _configuration(model.config, layout, dtype))
     if layout is SPLIT:

@@ -10,30 +10,30 @@ import torch
 from layouts import make
 from safetensors.torch import load_file
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 
 TREE = Path(__file__).parents[1]
 NANO = TREE / "tests" / "data" / "nano-mixtral"
 DIMS = make.Dims(d=8, f=12, heads=4, kv=2, hd=4)
-Planner = Callable[[Checkpoint], conversion.Job]
+Planner = Callable[[Checkpoint], job.Job]
 
 
-def to_hf(source: Checkpoint, **options: object) -> conversion.Job:
+def to_hf(source: Checkpoint, **options: object) -> job.Job:
     return conversion.plan_hf(source, conversion.Options(**options))
 
 
-def to_torrent(source: Checkpoint, **options: object) -> conversion.Job:
+def to_torrent(source: Checkpoint, **options: object) -> job.Job:
     return conversion.plan_torrent(source, conversion.Options(**options), safetensors=False)
 
 
-def to_consolidated(source: Checkpoint) -> conversion.Job:
+def to_consolidated(source: Checkpoint) -> job.Job:
     return conversion.plan_torrent(source, conversion.Options(), safetensors=True)
 
 
 def go(plan: Planner, source: Path, out: Path, **how: object) -> Path:
-    conversion.run(plan(open_checkpoint(source)), out, conversion.Run(**how))
+    job.run(plan(open_checkpoint(source)), out, job.Run(**how))
     return out
 
 
@@ -66,10 +66,10 @@ def sources(dims: make.Dims, tensors: make.Tensors) -> dict[str, Callable[[Path]
 SCRIPT = """
 import sys
 from pathlib import Path
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.layouts.detect import open_checkpoint
 source, out, jobs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-conversion.run(conversion.plan_hf(open_checkpoint(source), conversion.Options()), out, conversion.Run(jobs=jobs))
+job.run(conversion.plan_hf(open_checkpoint(source), conversion.Options()), out, job.Run(jobs=jobs))
 """
 
 

@@ -27,7 +27,7 @@ from converting import (
 from layouts import make
 from safetensors.torch import load_file
 
-from mixtools import conversion, errors
+from mixtools import conversion, errors, job
 from mixtools.layouts.detect import open_checkpoint
 
 # --- there and back
@@ -170,7 +170,7 @@ def test_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("jobs", [0, -1])
 def test_no_jobs(jobs: int) -> None:
     with pytest.raises(errors.UsageError, match="no work"):
-        conversion.Run(jobs=jobs)
+        job.Run(jobs=jobs)
 
 
 # --- where the output goes
@@ -196,7 +196,7 @@ def test_source_within_the_output(tmp_path: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     source = open_checkpoint(make.write_a(tmp_path / "a", DIMS))
     for number, plan in enumerate((to_hf, to_torrent, to_consolidated)):
-        document = conversion.run(plan(source), tmp_path / str(number))
+        document = job.run(plan(source), tmp_path / str(number))
         assert document["missing"] == ["tokenizer.model"]
         assert document["tensors"] == len(make.torrent(DIMS))
     assert weights(tmp_path / "0").keys() == make.hf(make.torrent(DIMS), DIMS).keys()
@@ -243,6 +243,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(errors.DiskError, match="free some space"):
             go(to_hf, source, tmp_path / "out")
     assert files(tmp_path / "out") == {}
-    document = conversion.run(to_hf(open_checkpoint(source)), tmp_path / "out")
+    document = job.run(to_hf(open_checkpoint(source)), tmp_path / "out")
     assert document["resumed_bytes"] > 0
     make.assert_same(weights(tmp_path / "out"), make.hf(make.torrent(DIMS), DIMS))

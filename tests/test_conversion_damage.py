@@ -27,7 +27,7 @@ from layouts import make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mixtools import conversion, errors
+from mixtools import errors, job
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.storage import store, torchzip
@@ -131,15 +131,15 @@ def test_mutated_sources(tmp_path: Path) -> None:
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.layouts.detect import open_checkpoint
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
 conversion.CHUNK = 1 << 16
 os.fsync = lambda file: None  # waits for the disk, which a killed process leaves in order anyway
 
 def go(out):
-    job = conversion.plan_hf(open_checkpoint(source), conversion.Options(max_shard_bytes=2_000_000))
-    conversion.run(job, out)
+    planned = conversion.plan_hf(open_checkpoint(source), conversion.Options(max_shard_bytes=2_000_000))
+    job.run(planned, out)
 
 def files(out):
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} if out.exists() else {}
@@ -167,7 +167,7 @@ sys.stdout.write(f"{unfinished}\\n")
 """
 
 
-def sharded(source: Checkpoint) -> conversion.Job:
+def sharded(source: Checkpoint) -> job.Job:
     return to_hf(source, max_shard_bytes=2_000_000)
 
 
@@ -207,7 +207,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, monkeypatch: pytest.Monke
             go(sharded, source, tmp_path / "out")
     assert files(tmp_path / "out") == {}
     assert 10 < len((tmp_path / "out" / WORK / JOURNAL).read_text().splitlines()) <= 20
-    document = conversion.run(sharded(open_checkpoint(source)), tmp_path / "out")
+    document = job.run(sharded(open_checkpoint(source)), tmp_path / "out")
     assert document["resumed_bytes"] > 0
     assert files(tmp_path / "out") == expected
 
@@ -244,7 +244,7 @@ def test_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             patch.setattr(Source, "read_into", counted)
             read = 0
-            conversion.run(to_hf(checkpoint), tmp_path / f"out{number}")
+            job.run(to_hf(checkpoint), tmp_path / f"out{number}")
         assert read == sum(tensor.nbytes for tensor in make.torrent(DIMS).values())
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.names import Role, Slot
 from mixtools.storage.dtypes import DType
 
@@ -162,7 +162,7 @@ def test_rounds_ties_to_even_and_keeps_signs() -> None:
 def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
     layout = synthetic.layout_named("hf")
     for name, seed, jobs in (("one", 5, 1), ("two", 5, 3), ("other", 6, 1)):
-        synthetic.write(small(seed), layout, DType.BF16, tmp_path / name, how=conversion.Run(jobs=jobs))
+        synthetic.write(small(seed), layout, DType.BF16, tmp_path / name, how=job.Run(jobs=jobs))
     one, two, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "other"))
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
     assert not [name for name in one if torch.equal(one[name], other[name])]

@@ -21,7 +21,7 @@ from ..names import Slot
 from ..ops import cpu
 from ..progress import Progress, Silent
 from ..storage.dtypes import WEIGHT_DTYPES
-from ..storage.store import CHUNK, Bits, Entry, as_bytes
+from ..storage.store import CHUNK, Bits, Entry, as_bytes, to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -117,10 +117,7 @@ def _first_nonfinite(checkpoint: Checkpoint, entry: Entry, progress: Progress) -
 
 
 def _value(bits: Bits, index: int, entry: Entry) -> float:
-    import torch
-
-    signed = bits.reshape(-1)[index : index + 1].view(f"i{entry.dtype.itemsize}")
-    return float(torch.from_numpy(signed).view(entry.dtype.torch())[0])
+    return float(to_tensor(bits.reshape(-1)[index : index + 1], entry.dtype)[0])
 
 
 def compare_configs(source: MixtralConfig, output: MixtralConfig, file: object = None) -> list[MixtoolsError]:

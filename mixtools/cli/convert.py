@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ..errors import LayoutError, MemoryBudgetError
 from . import base
 
 if TYPE_CHECKING:
-    from .. import conversion as engine
+    from .. import job as jobs_room
     from ..layouts.checkpoint import Checkpoint
 
 app = typer.Typer(help="Rename and reshape a checkpoint into another layout.", no_args_is_help=True)
@@ -83,7 +82,7 @@ def hf_to_torrent(
         raise LayoutError(f"is {source.layout.title}, not Hugging Face", file=src)
     job = engine.plan_torrent(source, engine.Options(dtype=dtype), safetensors=safetensors)
     how = How(dry_run, resume, overwrite, jobs, base.max_memory_bytes(max_memory), base.Screen(json, quiet))
-    _carry_out(job, out, how)
+    _carry_out(source, job, out, how)
 
 
 class How(NamedTuple):
@@ -107,60 +106,61 @@ def _convert_to_hf(source: Checkpoint, out: Path, dtype: str, shard: str, how: H
     from .. import conversion as engine
 
     options = engine.Options(dtype=dtype, max_shard_bytes=base.parse_size(shard, "--max-shard-size"))
-    _carry_out(engine.plan_hf(source, options), out, how)
+    _carry_out(source, engine.plan_hf(source, options), out, how)
 
 
-def _carry_out(job: engine.Job, out: Path, how: How) -> None:
-    from .. import conversion as engine
+def _carry_out(source: Checkpoint, job: jobs_room.Job, out: Path, how: How) -> None:
+
+    from .. import job as jobs_room
 
     jobs = _jobs_within(job, how.jobs, how.max_memory)
     if how.dry_run:
-        document = _forecast(job, out, jobs)
+        document = _forecast(source, job, out, jobs)
         how.screen.result(document, lambda: _tell_forecast(document))
         return
     began = time.monotonic()
-    run = engine.Run(overwrite=how.overwrite, resume=how.resume, jobs=jobs, progress=how.screen.progress())
-    done = engine.run(job, out, run)
+    run = jobs_room.Run(overwrite=how.overwrite, resume=how.resume, jobs=jobs, progress=how.screen.progress())
+    done = jobs_room.run(job, out, run)
     seconds = time.monotonic() - began
     document = {
-        "output": str(out), "layout": job.layout.name, "files": [file.name for file in job.plan.files], **done,
+        "output": str(out), "layout": job.record["layout"], "files": [file.name for file in job.plan.files], **done,
         "seconds": round(seconds, 3), "peak_memory_bytes": base.peak_memory(),
     }  # fmt: skip
-    how.screen.result(document, lambda: _tell(document, job, out))
+    how.screen.result(document, lambda: _tell(document, source, out))
 
 
-def _jobs_within(job: engine.Job, jobs: int, limit: int | None) -> int:
+def _jobs_within(job: jobs_room.Job, jobs: int, limit: int | None) -> int:
     """As many threads as asked for and as fit."""
     if limit is None:
         return jobs
-    fitting = (limit - BASE_MEMORY) // job.peak_bytes
+    fitting = (limit - BASE_MEMORY) // job.worker_bytes
     if fitting < 1:
-        need = base.human_bytes(BASE_MEMORY + job.peak_bytes)
+        need = base.human_bytes(BASE_MEMORY + job.worker_bytes)
         raise MemoryBudgetError("--max-memory is too small even for one thread", expected=need, found=limit)
     return min(jobs, fitting)
 
 
-def _forecast(job: engine.Job, out: Path, jobs: int) -> dict[str, Any]:
+def _forecast(source: Checkpoint, job: jobs_room.Job, out: Path, jobs: int) -> dict[str, Any]:
     """Sizes are exact; memory is an upper bound; time is reading at the measured rate, twice."""
     folder = out
     while not folder.exists():
         folder = folder.absolute().parent
     status = os.statvfs(folder)
-    rate = _read_rate(job)
+    rate = _read_rate(source)
     return {
-        "dry_run": True, "source": job.source.layout.name, "layout": job.layout.name, "options": asdict(job.options),
+        "dry_run": True, "source": source.layout.name, "layout": job.record["layout"], "options": job.record["options"],
         "files": {file.name: file.size for file in job.plan.files}, "bytes": job.plan.total_bytes,
         "tensors": len(job.plan.tensors), "missing": list(job.missing),
-        "peak_memory_bytes": BASE_MEMORY + jobs * job.peak_bytes, "jobs": jobs,
+        "peak_memory_bytes": BASE_MEMORY + jobs * job.worker_bytes, "jobs": jobs,
         "disk_free_bytes": status.f_bavail * status.f_frsize, "seconds": round(2 * job.plan.total_bytes / rate, 1),
     }  # fmt: skip
 
 
-def _read_rate(job: engine.Job) -> float:
+def _read_rate(source: Checkpoint) -> float:
     """Bytes a second of the source, from its first tensors, up to 128 MB."""
     began, read = time.monotonic(), 0
-    for slot in job.source.slots():
-        for block in job.source.blocks(slot, 4 << 20):
+    for slot in source.slots():
+        for block in source.blocks(slot, 4 << 20):
             read += block.nbytes
         if read > 128e6:
             break
@@ -175,16 +175,16 @@ def _tell_forecast(document: dict[str, Any]) -> Iterator[str]:
     yield from _tell_missing(document)
 
 
-def _tell(document: dict[str, Any], job: engine.Job, out: Path) -> Iterator[str]:
+def _tell(document: dict[str, Any], source: Checkpoint, out: Path) -> Iterator[str]:
     size, seconds = base.human_bytes(document["bytes"]), document["seconds"]
     rate = base.human_bytes((document["bytes"] - document["resumed_bytes"]) / max(seconds, 1e-9))
     memory = base.human_bytes(document["peak_memory_bytes"])
-    yield f"{job.source.layout.title} -> {job.layout.title}"
+    yield f"{source.layout.title} -> {document['layout']}"
     yield f"wrote {document['tensors']} tensors, {size}, in {base.human_time(seconds)} ({rate}/s, peak memory {memory})"
     if document["resumed_bytes"]:
         yield f"{base.human_bytes(document['resumed_bytes'])} were there already, from the interrupted run"
     yield from _tell_missing(document)
-    yield f"Check it with: mixtools check {out} --against {job.source.folder}"
+    yield f"Check it with: mixtools check {out} --against {source.folder}"
 
 
 def _tell_missing(document: dict[str, Any]) -> Iterator[str]:

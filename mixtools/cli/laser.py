@@ -14,7 +14,7 @@ from ..errors import MemoryBudgetError, OutputError, OutputExists, QuantizedErro
 from . import base
 
 if TYPE_CHECKING:
-    from .. import conversion
+    from .. import job as job_room
     from ..inference.calibrate import Calibration
     from ..layouts.checkpoint import Checkpoint
     from ..methods.laser import run as engine
@@ -76,7 +76,7 @@ def laser(
 
     Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
     """
-    from .. import conversion
+    from .. import job as job_room
     from ..methods.laser import run as engine
     from ..methods.laser.search import SearchOptions
     from ..storage.output import expect_free
@@ -97,7 +97,7 @@ def laser(
         if rank_rule is not None:
             asked = replace(asked, rank_rules=(rank_rule,))
         job = _search_job(source, options, asked, how, held_out, machine)
-        _carry_out(job, out, conversion.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
+        _carry_out(job, out, job_room.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
         return
     calibration = None if search else _calibration(source, slots, how, machine)
     if dry_run:
@@ -114,7 +114,7 @@ def laser(
     job = engine.plan_laser(
         source, options, known=known, calibration=calibration, device=base.find_device(device), record=record
     )
-    _carry_out(job, out, conversion.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
+    _carry_out(job, out, job_room.Run(overwrite, resume, threads, machine.screen.progress()), machine.screen)
 
 
 def spectrum(
@@ -160,17 +160,17 @@ def spectrum(
     machine.screen.result(document, lambda: _tell_spectrum(document, out))
 
 
-def _carry_out(job: conversion.Job, out: Path, how: conversion.Run, screen: base.Screen) -> None:
-    from .. import conversion
+def _carry_out(job: job_room.Job, out: Path, how: job_room.Run, screen: base.Screen) -> None:
+    from .. import job as job_room
     from ..methods.laser import run as engine
 
     began = time.monotonic()
-    done = conversion.run(job, out, how)
+    done = job_room.run(job, out, how)
     document = {
         "output": str(out), **engine.read_report(out), **done, "seconds": round(time.monotonic() - began, 3),
         "peak_memory_bytes": base.peak_memory(),
     }  # fmt: skip
-    screen.result(document, lambda: _tell(document, job.source.folder, out))
+    screen.result(document, lambda: _tell(document, job.inputs.folder, out))
 
 
 def _expect_consistent(search: str | None, text: Path | None, held_out: Path | None, rule: str | None) -> None:
@@ -185,7 +185,7 @@ def _expect_consistent(search: str | None, text: Path | None, held_out: Path | N
 def _search_job(
     source: Checkpoint, options: engine.Options, search: SearchOptions, how: Calibrate,
     held_out: Path | None, machine: Machine,
-) -> conversion.Job:  # fmt: skip
+) -> job_room.Job:  # fmt: skip
     """The two texts cut into windows, and the job that searches on them."""
     import hashlib
 

@@ -241,7 +241,7 @@ def _carry_out(
     recipe: engine.Recipe, steps: list[engine.Step], step: engine.Step, machine: Machine
 ) -> tuple[dict[str, Any], int]:
     """What became of it, and the exit code of its command."""
-    from ..conversion import ENCLOSED
+    from ..job import ENCLOSED
 
     inputs = record.digest(map(base.find_model, step.inputs()))
     if machine.resume and record.is_made(step, inputs):

@@ -13,11 +13,12 @@ import numpy as np
 
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
+from ..formats import SUFFIXES, Format, Part, Plain, Stored, detect
 from ..names import Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
-from ..storage.store import Bits, Entry, Store
+from ..storage.store import Bits, Entry, Store, from_tensor, to_tensor
 from .reader import Spec
-from .table import Layout, Op, Piece, factor_names, to_canonical
+from .table import Layout, Op, Piece, to_canonical
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ _STRIP = 4  # times `max_bytes`: a transposition is fastest in strips of about 1
 
 @dataclass
 class Checkpoint:
-    """A dense checkpoint on disk. `problems` is empty unless it was opened leniently."""
+    """A checkpoint on disk, its matrices in whatever formats. `problems` is empty unless it was opened leniently."""
 
     folder: Path
     layout: Layout
@@ -39,17 +40,23 @@ class Checkpoint:
         return self.config.slots()
 
     def spec(self, slot: Slot) -> Spec:
-        return Spec(self.config.shape(slot.role), self.entry(slot).dtype)
+        return Spec(self.config.shape(slot.role), self.format(slot).dtype)
 
     def entry(self, slot: Slot) -> Entry:
-        """The stored tensor that holds this slot, maybe with others; of a matrix stored as factors, the first."""
-        name = self.piece(slot).name
-        return self.store.entries[factor_names(name)[0] if self.is_factored(slot) else name]
+        """The stored tensor that holds this slot, maybe with others; the first of a matrix stored in several."""
+        return self.parts(slot)[0]
 
-    def is_factored(self, slot: Slot) -> bool:
-        """Whether two factors are stored instead of the matrix."""
-        name = self.piece(slot).name
-        return name not in self.store.entries and factor_names(name)[0] in self.store.entries
+    def parts(self, slot: Slot) -> list[Entry]:
+        """The stored tensors of this slot, in the order of its format."""
+        piece = self.piece(slot)
+        return [self.store.entries[piece.part(part.suffix)] for part in self.format(slot).parts(piece.shape)]
+
+    def format(self, slot: Slot) -> Format:
+        """How the slot is stored. Raises LayoutError if it is not."""
+        piece = self.piece(slot)
+        if (found := _format(piece, self.store)) is None:
+            raise LayoutError("is missing", file=self.folder, tensor=piece.name)
+        return found
 
     def piece(self, slot: Slot) -> Piece:
         return self.layout.piece(slot, self.config)
@@ -60,8 +67,8 @@ class Checkpoint:
         `granule`: each run but the last is a multiple of so many rows; 0 gives the tensor in one run.
         A block is valid until the next is asked for (its buffer is used again).
         """
-        if self.is_factored(slot):
-            yield from self._product_blocks(slot, max_bytes, granule)
+        if not isinstance(self.format(slot), Plain):
+            yield from self._decoded(slot, max_bytes, granule)
             return
         name, _, start, stop, op = self.piece(slot)
         entry = self.store.entries[name]
@@ -84,18 +91,17 @@ class Checkpoint:
             else:
                 yield to_canonical(op, bits, self.config.head_dim)
 
-    def _product_blocks(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
-        """As `blocks`, of A·B: multiplied whole in fp32 and rounded once, so that blocks do not change a bit."""
-        import torch
-
-        pair = [self.store.entries[name] for name in factor_names(self.piece(slot).name)]
-        dtype = pair[0].dtype
-        signed = [self.store.read_rows(entry.name, 0, entry.rows).view(f"i{dtype.itemsize}") for entry in pair]
-        a, b = (torch.from_numpy(bits).view(dtype.torch()).float() for bits in signed)
-        product = (a @ b).to(dtype.torch()).view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
-        bits: Bits = product.view(f"u{dtype.itemsize}")
-        for part in _parts(len(bits), bits.shape[1] * dtype.itemsize, max_bytes, granule):
+    def _decoded(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
+        """As `blocks`, of a matrix in another format: decoded whole, so that blocks do not change a bit."""
+        format = self.format(slot)
+        dense = format.decode([self._tensor(entry) for entry in self.parts(slot)])
+        bits = to_canonical(self.piece(slot).op, from_tensor(dense), self.config.head_dim)
+        for part in _parts(len(bits), bits.shape[1] * format.dtype.itemsize, max_bytes, granule):
             yield bits[part]
+
+    def _tensor(self, entry: Entry) -> torch.Tensor:
+        """A stored tensor, whole and in its own shape."""
+        return to_tensor(self.store.read_rows(entry.name, 0, entry.rows), entry.dtype).reshape(entry.shape)
 
     def bits(self, slot: Slot) -> Bits:
         """The whole tensor's bit patterns in canonical form, [rows, columns]; a vector is one row."""
@@ -103,11 +109,8 @@ class Checkpoint:
 
     def read(self, slot: Slot) -> torch.Tensor:
         """See Reader.read."""
-        import torch
-
         spec = self.spec(slot)
-        signed = self.bits(slot).view(f"i{spec.dtype.itemsize}")
-        return torch.from_numpy(signed).view(spec.dtype.torch()).reshape(spec.shape)
+        return to_tensor(self.bits(slot), spec.dtype).reshape(spec.shape)
 
     def finish(self, earlier: Iterable[Slot] = ()) -> None:
         """Judge the checksums that need bytes which no slot covered, or which an earlier run read.
@@ -120,10 +123,10 @@ class Checkpoint:
 
     def _read_sizes(self, slot: Slot) -> Iterator[tuple[Entry, int]]:
         """The stored tensors that a reading of the slot reads, and how many bytes of each."""
-        name, _, start, stop, _ = self.piece(slot)
-        factored = self.is_factored(slot)
-        for entry in map(self.store.entries.__getitem__, factor_names(name) if factored else [name]):
-            yield entry, entry.nbytes if factored else (stop - start) * entry.row_bytes
+        _, _, start, stop, _ = self.piece(slot)
+        plain = isinstance(self.format(slot), Plain)
+        for entry in self.parts(slot):
+            yield entry, (stop - start) * entry.row_bytes if plain else entry.nbytes
 
     def bytes_by_dtype(self) -> dict[DType, int]:
         counts: Counter[DType] = Counter()
@@ -138,11 +141,22 @@ def _parts(rows: int, row_bytes: int, max_bytes: int, granule: int) -> Iterator[
     return (slice(at, at + step) for at in range(0, rows, step))
 
 
+def _format(piece: Piece, store: Store) -> Format | None:
+    """How what the piece names is stored; None if it is not there."""
+    names = {suffix: piece.part(suffix) for suffix in SUFFIXES}
+    there = {suffix: store.entries[name] for suffix, name in names.items() if name in store.entries}
+    return detect({suffix: Stored(entry.dtype, entry.shape) for suffix, entry in there.items()})
+
+
 def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
     """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[Part, Format]] = {}
     for slot in config.slots():
-        expected |= _expected(layout.piece(slot, config), store)
+        piece = layout.piece(slot, config)
+        format = _format(piece, store) or Plain(WEIGHT_DTYPES[0])
+        if len(piece.shape) < 2:  # no format but the plain one is for vectors
+            format = Plain(format.dtype)
+        expected |= {piece.part(part.suffix): (part, format) for part in format.parts(piece.shape)}
     missing = [name for name in expected if name not in store.entries]
     unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []
@@ -151,34 +165,23 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
     if unknown:
         why = f"has {_some(unknown)} unknown to layout {layout.letter} ({layout.title})"
         problems.append(LayoutError(why, file=store.entries[unknown[0]].source.label, tensor=unknown[0]))
-    for name, shape in expected.items():
-        if (found := store.entries.get(name)) is None:
-            continue
-        if found.shape != shape:
-            problems.append(
-                TensorError("wrong shape", file=found.source.label, tensor=name, expected=shape, found=found.shape)
-            )
-        elif found.dtype not in WEIGHT_DTYPES:
-            wanted = "/".join(dtype.value for dtype in WEIGHT_DTYPES)
-            problems.append(
-                TensorError(
-                    "not a weight's dtype",
-                    file=found.source.label,
-                    tensor=name,
-                    expected=wanted,
-                    found=found.dtype.value,
-                )
-            )
+    for name, (part, format) in expected.items():
+        if (entry := store.entries.get(name)) is not None and (problem := _unfit(entry, part, format)) is not None:
+            problems.append(problem)
     return problems
 
 
-def _expected(piece: Piece, store: Store) -> dict[str, tuple[int, ...]]:
-    """The stored tensors of a slot and their shapes: the layout's own, or the two factors found in its place."""
-    first, second = factor_names(piece.name)
-    if piece.name in store.entries or first not in store.entries or len(piece.shape) != 2:
-        return {piece.name: piece.shape}
-    rank = (*store.entries[first].shape, 0, 0)[1]  # any rank will do, if both have it
-    return {first: (piece.shape[0], rank), second: (rank, piece.shape[1])}
+def _unfit(entry: Entry, part: Part, format: Format) -> TensorError | None:
+    """Where a stored tensor is not what its format asks for."""
+    place = {"file": entry.source.label, "tensor": entry.name}
+    if entry.shape != part.shape:
+        return TensorError("wrong shape", **place, expected=part.shape, found=entry.shape)
+    if format.dtype not in WEIGHT_DTYPES:
+        wanted = "/".join(dtype.value for dtype in WEIGHT_DTYPES)
+        return TensorError("not a weight's dtype", **place, expected=wanted, found=format.dtype.value)
+    if entry.dtype is not part.dtype:
+        return TensorError("wrong dtype", **place, expected=part.dtype.value, found=entry.dtype.value)
+    return None
 
 
 def _some(names: list[str]) -> str:

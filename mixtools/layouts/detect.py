@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import formats
 from ..config import from_document, load_json
 from ..errors import ConfigError, FormatError, InputError, LayoutError, MixtoolsError, QuantizedError, UnsafeError
 from ..names import Role
@@ -18,7 +19,6 @@ from .hf import HF, HF_BIN, HF_FUSED
 from .table import Layout
 from .torrent import CONSOLIDATED, SPLIT, STACKED, TORRENT
 
-FACTORED = "mixtools-factored"
 MAX_INDEX_BYTES = 16 << 20  # 8x22B needs 0.2 MB
 
 
@@ -66,8 +66,8 @@ def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
     if not config_path.is_file():
         raise ConfigError(f"is missing beside {names[0]}; without it the shapes are unknown", file=config_path)
     document = load_json(config_path)
-    if isinstance(document, dict) and document.get("quantization_config") and not is_factored(document):
-        details = document["quantization_config"]
+    details = document.get("quantization_config") if isinstance(document, dict) else None
+    if details and not (isinstance(details, dict) and formats.claims(details)):
         method = details.get("quant_method") if isinstance(details, dict) else None
         method = method if isinstance(method, str) else "an unknown method"
         raise QuantizedError(
@@ -87,12 +87,6 @@ def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
     if strict and problems:
         raise problems[0]
     return Checkpoint(folder, layout, config, Store(entries), problems)
-
-
-def is_factored(document: dict[str, Any]) -> bool:
-    """Whether a config.json says that some matrices are stored as two factors (mixtools laser --factored)."""
-    details = document["quantization_config"]
-    return isinstance(details, dict) and details.get("format") == FACTORED
 
 
 def _find_family(path: Path) -> tuple[Path, Family, list[str]]:

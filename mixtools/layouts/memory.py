@@ -38,7 +38,7 @@ class MemoryReader:
 
     def spec(self, slot: Slot) -> Spec:
         tensor = self._tensors[slot]
-        return Spec(tuple(tensor.shape), _dtype(tensor.dtype))
+        return Spec(tuple(tensor.shape), DType.of(tensor.dtype))
 
     def read(self, slot: Slot) -> torch.Tensor:
         """A copy: the caller owns what it reads, here as from a file."""
@@ -59,7 +59,3 @@ def random_reader(config: MixtralConfig, seed: int, dtype: torch.dtype = torch.f
         weight = 1 + _NORM_SPREAD * noise if len(shape) == 1 else noise * shape[1] ** -0.5
         tensors[slot] = weight.to(dtype)
     return MemoryReader(config, tensors)
-
-
-def _dtype(dtype: torch.dtype) -> DType:
-    return next(known for known in DType if known.torch() == dtype)

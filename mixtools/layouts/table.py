@@ -38,11 +38,6 @@ class Rule:
     folded: bool = False  # stacked experts are folded into the rows: [E*F, D] instead of [E, F, D]
 
 
-def factor_names(name: str) -> tuple[str, str]:
-    """Where a matrix stored as two factors lies instead: A [out, k] and B [k, in], the weight being A·B."""
-    return f"{name}_a", f"{name}_b"
-
-
 class Piece(NamedTuple):
     """Where a slot lies: rows [start, stop) of the tensor `name`, which has `shape`."""
 
@@ -51,6 +46,10 @@ class Piece(NamedTuple):
     start: int
     stop: int
     op: Op
+
+    def part(self, suffix: str) -> str:
+        """The name of a stored part of this matrix (formats/): of "weight" its own, of others in its place."""
+        return self.name if suffix == "weight" else f"{self.name.removesuffix('.weight')}.{suffix}"
 
 
 @dataclass(frozen=True)

@@ -211,9 +211,14 @@ def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
 
 
 def dump(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """The pickle of {name: tensor}, tensor i whole and contiguous in storage i (protocol 2, no memo)."""
+    """The pickle of {name: tensor}, tensor i whole and contiguous in storage i (protocol 2, no memo).
+
+    Raises FormatError for a block type, which torch does not know.
+    """
     out = [b"\x80\x02}("]
     for index, (name, dtype, shape) in enumerate(tensors):
+        if dtype not in _STORAGE_NAMES:
+            raise FormatError(f"torch has no {dtype.value}", tensor=name)
         numel = 1
         strides: list[int] = []
         for n in reversed(shape):

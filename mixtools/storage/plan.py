@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,11 +25,11 @@ class TensorPlan(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(self.shape)
 
     @property
     def row_bytes(self) -> int:
-        return (self.shape[-1] if self.shape else 1) * self.dtype.itemsize
+        return self.dtype.row_bytes(self.shape[-1] if self.shape else 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ Shape = tuple[str, DType, tuple[int, ...]]
 
 
 def _bytes(tensor: Shape) -> int:
-    return math.prod(tensor[2]) * tensor[1].itemsize
+    return tensor[1].nbytes(tensor[2])
 
 
 def single_safetensors(name: str, tensors: Sequence[Shape]) -> Plan:

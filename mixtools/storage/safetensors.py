@@ -7,21 +7,20 @@ duplicate keys, leading blanks, holes and overlaps are refused, as the format sa
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from ..errors import FormatError
-from .dtypes import DType
+from .dtypes import ELEMENTS, DType
 from .source import Source
 from .store import Entry
 
 MAX_HEADER = 100_000_000
 _MAX_VALUES = 2_000_000  # in a header: a hundred times 8x22B's; each costs up to 200 bytes of memory
 _MAX_DIMENSIONS = 64  # torch's own limit
-_DTYPES = {dtype.value: dtype for dtype in DType}
+_DTYPES = {dtype.value: dtype for dtype in ELEMENTS}
 
 
 def read_header(source: Source) -> list[Entry]:
@@ -45,11 +44,16 @@ def read_header(source: Source) -> list[Entry]:
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """The header, its length first, padded so that the first tensor starts at a multiple of 8."""
+    """The header, its length first, padded so that the first tensor starts at a multiple of 8.
+
+    Raises FormatError for a block type, which the format does not know.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * dtype.itemsize
+        if dtype not in ELEMENTS:
+            raise FormatError(f"safetensors has no {dtype.value}", tensor=name)
+        end = offset + dtype.nbytes(shape)
         header[name] = {"dtype": dtype.value, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

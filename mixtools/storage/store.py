@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from ..errors import ChecksumError
 from .crc import Ledger
 from .dtypes import DType
 from .source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bits = npt.NDArray[np.unsignedinteger]  # a tensor's bit patterns, 2-D: [rows, row length]
 CHUNK = 4 << 20  # bytes read at once: stays in a core's cache from the read to the checksum to the write
@@ -43,12 +47,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(self.shape)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, all leading dimensions flattened; a vector is one row."""
-        return (self.shape[-1] if self.shape else 1) * self.dtype.itemsize
+        return self.dtype.row_bytes(self.shape[-1] if self.shape else 1)
 
     @property
     def rows(self) -> int:
@@ -74,7 +78,7 @@ class Store:
         read and do not give its stored checksum; FormatError or InputError if they cannot be read.
         """
         entry = self.entries[name]
-        bits = np.dtype(f"u{entry.dtype.itemsize}")
+        bits = np.dtype(f"u{entry.dtype.word}")
         if entry.strides is not None:
             return self._read_strided(entry, bits)[start:stop]
         array = np.empty((stop - start, entry.row_bytes // bits.itemsize), bits) if out is None else out
@@ -146,6 +150,23 @@ def _key(entry: Entry) -> tuple[str, int]:
 
 def by_name(entries: Iterable[Entry]) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
+
+
+def to_tensor(bits: Bits, dtype: DType) -> Tensor:
+    """Bit patterns as a torch tensor of the same shape, shared, not copied."""
+    import torch
+
+    return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(dtype.torch())  # torch knows few unsigned integers
+
+
+def from_tensor(tensor: Tensor) -> Bits:
+    """Bit patterns [rows, row length] of a tensor, a vector being one row; shared where it is contiguous on the CPU."""
+    import torch
+
+    size = tensor.element_size()
+    signed = tensor.detach().cpu().contiguous().view(getattr(torch, f"int{8 * size}")).numpy()
+    bits: Bits = signed.view(f"u{size}").reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    return bits
 
 
 def as_bytes(bits: Bits) -> memoryview:

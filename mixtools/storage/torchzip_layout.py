@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ class ZipPlan:
             "byteorder": b"little",
             "version": b"3\n",
         }
-        sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
+        sizes = [dtype.nbytes(shape) for _, dtype, shape in tensors]
         self._members: list[_Member] = []
         at = 0
         for name, size in [

@@ -114,7 +114,7 @@ def compare(name: str, weight: Tensor, with_peer: bool) -> dict[str, Any]:
             "same_rank": peer_rank == rank,
             "rebuilt_relative_difference": float((ours - rebuilt).norm() / rebuilt.norm()),
             "singular_values_relative_difference": float((torch.from_numpy(found.values) / values - 1).abs().max()),
-            "equal_after_rounding": float((encodes[0][1].stored == rebuilt.bfloat16()).double().mean()),
+            "equal_after_rounding": float((encodes[0][1].dense == rebuilt.bfloat16()).double().mean()),
         }  # fmt: skip
         del ours, rebuilt
     for _ in range(2):

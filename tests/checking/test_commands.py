@@ -12,7 +12,7 @@ import torch
 from mixtral_oracle import DATA, NANO
 from safetensors.torch import load_file, save_file
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.checking import perplexity
 from mixtools.cli.main import main
 from mixtools.inference.stream import Stream
@@ -25,7 +25,7 @@ TEXT, PROMPTS = DATA / "text.txt", DATA / "prompts.json"
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "hf"
-    conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
+    job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
     return folder
 
 

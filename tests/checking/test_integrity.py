@@ -13,7 +13,7 @@ import torch
 from mixtral_oracle import NANO, SHAPES, read_nano
 from safetensors.torch import load_file, save_file
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.checking import faults, integrity
 from mixtools.errors import ChecksumError, ConfigError, FormatError, TensorError
 from mixtools.layouts.detect import open_checkpoint
@@ -26,7 +26,7 @@ CONFIG = dataclasses.replace(SHAPES["mqa"], num_kv_heads=2)
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted") / "hf"
-    conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
+    job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
     return folder
 
 
@@ -128,7 +128,7 @@ def test_a_conversion_is_identical_and_a_cast_is_a_cast(converted, tmp_path):
     nano = open_checkpoint(NANO)
     same = integrity.compare(nano, open_checkpoint(converted))
     assert (same.identical, same.cast, same.differences, same.problems) == (len(list(nano.slots())), 0, [], [])
-    conversion.run(conversion.plan_hf(nano, conversion.Options(dtype="f32")), tmp_path / "f32")
+    job.run(conversion.plan_hf(nano, conversion.Options(dtype="f32")), tmp_path / "f32")
     wide = integrity.compare(nano, open_checkpoint(tmp_path / "f32"))
     assert (wide.identical, wide.cast, wide.differences) == (0, len(list(nano.slots())), [])
 

@@ -14,7 +14,7 @@ import torch
 from mixtral_oracle import DATA, NANO
 from safetensors.torch import load_file, save_file
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.checking import gates, judge, report
 from mixtools.cli.inspect import summary
 from mixtools.errors import InputError, OutputError, UsageError
@@ -31,7 +31,7 @@ PROMISED = {
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good") / "hf"
-    conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
+    job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.cli import laser as command
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.methods.laser.run import ALL_TARGETS
@@ -116,7 +116,7 @@ def test_factored_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_bad_input_is_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = tmp_path / "hf"
-    conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), hf)
+    job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), hf)
     quantized = tmp_path / "quantized"
     quantized.mkdir()
     (quantized / "model.safetensors").symlink_to(hf / "model.safetensors")

@@ -11,10 +11,11 @@ import torch
 from layouts import make
 
 from mixtools import errors
+from mixtools.formats import Factored
 from mixtools.layouts.detect import open_checkpoint
-from mixtools.layouts.table import factor_names
 from mixtools.names import Role, Slot
 from mixtools.storage import manifest
+from mixtools.storage.dtypes import DType
 from mixtools.storage.source import Source
 from mixtools.storage.torchzip import read_header
 
@@ -133,13 +134,14 @@ def test_finish_after_factors(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     a, b = torch.randn(8, 3).bfloat16(), torch.randn(3, 12).bfloat16()
     del tensors[name]
-    factors = dict(zip(factor_names(name), (a, b), strict=True))
+    factors = {f"{name}_a": a, f"{name}_b": b}
     folder = make.write_hf(tmp_path, tensors | factors, DIMS, files=1)
     crcs = {name: zlib.crc32(make.bits(tensor)) for name, tensor in factors.items()}
     path = folder / "model-00001-of-00001.safetensors"
     (folder / manifest.NAME).write_bytes(manifest.encode({}, {path.name: path.stat().st_size}, crcs))
     checkpoint = open_checkpoint(folder)
     slot = Slot(Role.DOWN, 0, 1)
-    assert checkpoint.is_factored(slot)
+    assert checkpoint.format(slot) == Factored(DType.BF16, rank=3)
+    assert [entry.name for entry in checkpoint.parts(slot)] == list(factors)
     assert torch.equal(checkpoint.read(slot), (a.float() @ b.float()).bfloat16())
     checkpoint.finish(earlier=[slot])

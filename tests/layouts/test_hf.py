@@ -12,7 +12,7 @@ import torch
 import transformers
 from layouts import make
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.config import MixtralConfig
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.storage.safetensors import read_header
@@ -85,7 +85,7 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path: Path) -> None:
 def test_transformers_loads_what_we_write(tmp_path: Path, dims: make.Dims, max_shard_bytes: int) -> None:
     tensors = make.torrent(dims)
     source = open_checkpoint(make.write_a(tmp_path / "a", dims, tensors))
-    conversion.run(conversion.plan_hf(source, conversion.Options(max_shard_bytes=max_shard_bytes)), tmp_path / "d")
+    job.run(conversion.plan_hf(source, conversion.Options(max_shard_bytes=max_shard_bytes)), tmp_path / "d")
     model, info = transformers.MixtralForCausalLM.from_pretrained(
         tmp_path / "d", output_loading_info=True, dtype="auto"
     )

@@ -21,7 +21,7 @@ from storage import zips
 
 from mixtools import errors
 from mixtools.storage import pickles
-from mixtools.storage.dtypes import DType
+from mixtools.storage.dtypes import ELEMENTS, DType
 
 FILE = "evil.pth"
 
@@ -214,7 +214,7 @@ def test_parameters_are_refused_by_name() -> None:
 
 
 DUMPED = st.lists(
-    st.tuples(st.sampled_from(list(DType)), st.lists(st.integers(0, 5), max_size=4)), max_size=8
+    st.tuples(st.sampled_from(ELEMENTS), st.lists(st.integers(0, 5), max_size=4)), max_size=8
 )  # fmt: skip
 
 

@@ -60,3 +60,10 @@ def test_names() -> None:
 def test_shards_that_hold_nothing(limit: int) -> None:
     with pytest.raises(errors.UsageError):
         plan.sharded_safetensors(shapes([1]), limit)
+
+
+def test_blocks_are_counted_in_bytes() -> None:
+    """As a file's planner of block types will place them: behind each other, none cut."""
+    tensor = plan.TensorPlan("t", DType.Q4_K, (8, 3, 512), "x", 0)
+    assert tensor.row_bytes == 2 * 144
+    assert tensor.nbytes == 8 * 3 * 2 * 144

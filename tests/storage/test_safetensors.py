@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from mixtools import errors
-from mixtools.storage.dtypes import DType
+from mixtools.storage.dtypes import ELEMENTS, DType
 from mixtools.storage.plan import single_safetensors
 from mixtools.storage.safetensors import MAX_HEADER, encode_header, read_header
 from mixtools.storage.source import Source
@@ -49,7 +49,7 @@ def test_golden_header() -> None:
     assert encode_header([]) == b"\x20\0\0\0\0\0\0\0" + b'{"__metadata__":{"format":"pt"}}'
 
 
-SHAPES = st.lists(st.tuples(st.sampled_from(list(DType)), st.lists(st.integers(0, 5), max_size=3)), max_size=8)
+SHAPES = st.lists(st.tuples(st.sampled_from(ELEMENTS), st.lists(st.integers(0, 5), max_size=3)), max_size=8)
 
 
 @given(SHAPES)

@@ -16,7 +16,7 @@ import torch
 from storage import zips
 
 from mixtools import errors
-from mixtools.storage.dtypes import DType
+from mixtools.storage.dtypes import ELEMENTS
 from mixtools.storage.torchzip import read_directory, read_header
 
 OURS = (errors.FormatError, errors.ChecksumError, errors.UnsafeError)
@@ -46,7 +46,7 @@ def variants() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, object]]]:
         "OrderedDict": (OrderedDict(example()), {}),
         "state_dict with _metadata": (module, {}),
         **{f"protocol {n}": (example(), {"pickle_protocol": n}) for n in (3, 4, 5)},
-        "every dtype": ({dtype.value: torch.ones(3).to(dtype.torch()) for dtype in DType}, {}),
+        "every dtype": ({dtype.value: torch.ones(3).to(dtype.torch()) for dtype in ELEMENTS}, {}),
         "shared storage": ({"a": a, "b": a, "head": a[:2], "tail": a[2:]}, {}),
         "view of a larger storage": ({"x": a[1:3]}, {}),
         "one element of a larger storage": ({"x": a[2, 3]}, {}),

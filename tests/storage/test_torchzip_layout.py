@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from storage import zips
 
 from mixtools.storage.crc import combine
-from mixtools.storage.dtypes import DType
+from mixtools.storage.dtypes import ELEMENTS, DType
 from mixtools.storage.source import Source
 from mixtools.storage.store import Store, by_name
 from mixtools.storage.torchzip import read_header
 from mixtools.storage.torchzip_layout import ZipPlan
 
-SHAPES = st.lists(st.tuples(st.sampled_from(list(DType)), st.lists(st.integers(0, 9), max_size=3)), max_size=6)
+SHAPES = st.lists(st.tuples(st.sampled_from(ELEMENTS), st.lists(st.integers(0, 9), max_size=3)), max_size=6)
 
 
 def filled(plan: ZipPlan, data: dict[str, bytes]) -> bytes:

@@ -14,12 +14,14 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import UsageError
+from ...formats import Factored, Packed, Plain
 from ...linalg.bulk import Bulk, signal_to_noise
 from ...linalg.output import Covariance, output_errors
 from ...linalg.rules import MarchenkoPastur, RankRule, parse_rule
 from ...linalg.spectrum import Decomposition, FloatArray, Spectrum, decompose, spectrum
+from ...storage.dtypes import DType
 
-__all__ = ["Analysis", "Covariance", "Factors", "Options", "Report", "Result", "break_even", "encode", "scan"]
+__all__ = ["Analysis", "Covariance", "Options", "Report", "Result", "break_even", "encode", "scan"]
 
 
 @dataclass(frozen=True)
@@ -86,26 +88,16 @@ _FIGURES = (
 
 
 @dataclass(frozen=True)
-class Factors:
-    """A [out, rank] and B [rank, in] in the weight's dtype, W = A·B, a root of each singular value in either."""
-
-    A: Tensor
-    B: Tensor
-
-
-@dataclass(frozen=True)
 class Result:
-    """`stored` is the rebuilt weight [out, in] in its dtype, or its factors."""
+    """`stored` is the rebuilt weight [out, in] in its dtype, or its factors, the singular values' roots in either."""
 
     report: Report
-    stored: Tensor | Factors
+    stored: Packed
 
     @property
     def dense(self) -> Tensor:
-        """The weight that a reader sees: the factors multiplied in fp32 and rounded once, or the stored one."""
-        if isinstance(self.stored, Tensor):
-            return self.stored
-        return (self.stored.A.float() @ self.stored.B.float()).to(self.stored.A.dtype)
+        """The weight that a reader sees."""
+        return self.stored.dense
 
 
 class Analysis:
@@ -116,6 +108,10 @@ class Analysis:
         self.decomposition = decomposition
         self.covariance = covariance
         self.bulk = Bulk.of(decomposition)
+
+    @property
+    def dtype(self) -> DType:
+        return DType.of(self.weight.dtype)
 
     @cached_property
     def lost(self) -> FloatArray | None:
@@ -134,7 +130,7 @@ class Analysis:
 
     def dense(self, rank: int) -> Result:
         """At full rank, the weight as it was, bit for bit."""
-        return Result(self.report(rank), self.decomposition.project(rank))
+        return Result(self.report(rank), Packed(Plain(self.dtype), (self.decomposition.project(rank),)))
 
     def factored(self, rank: int) -> Result:
         """Raises UsageError where the factors are not smaller than the matrix. Rank 0 is stored as one zero column."""
@@ -144,7 +140,7 @@ class Analysis:
             A, B = self.weight.new_zeros(rows, 1), self.weight.new_zeros(1, cols)
         else:
             A, B = self.decomposition.factors(rank)
-        return Result(self.report(rank), Factors(A, B))
+        return Result(self.report(rank), Packed(factored(self.dtype, rank), (A, B)))
 
 
 def encode(weight: Tensor, options: Options, covariance: Covariance | None = None) -> Result:
@@ -166,6 +162,11 @@ def scan(weight: Tensor, options: Options) -> Report:
     found = spectrum(weight, exact=options.exact)
     bulk = Bulk.of(found)
     return _report(found, bulk, options.rank_rule.rank(found, bulk), None)
+
+
+def factored(dtype: DType, rank: int) -> Factored:
+    """The format of factors of this rank: rank 0 is one column of zeros."""
+    return Factored(dtype, max(rank, 1))
 
 
 def break_even(shape: tuple[int, int]) -> int:

@@ -213,8 +213,3 @@ def _significant(value: float | None, digits: int = 4) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def merged(config: bytes, more: Mapping[str, Any]) -> bytes:
-    """A JSON document with keys added."""
-    return (json.dumps({**json.loads(config), **more}, indent=2) + "\n").encode()

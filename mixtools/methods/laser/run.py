@@ -19,26 +19,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ... import conversion
 from ...config import MixtralConfig
 from ...errors import MixtoolsError, UsageError
+from ...formats import Format, Packed
 from ...inference.calibrate import Calibration
+from ...job import Job
 from ...layouts.checkpoint import Checkpoint
-from ...layouts.detect import FACTORED
 from ...layouts.hf import HF
-from ...layouts.table import factor_names
 from ...linalg.spectrum import decompose
 from ...names import ATTENTION, EXPERT, Slot
 from ...progress import Progress, Silent
-from ...storage import plan
 from ...storage.dtypes import DType
-from ...storage.output import Output, Region
-from ...storage.store import Bits
-from . import report as laser_report
-from .method import Analysis, Report, Result, check_factors, scan
+from ...storage.output import Output
+from . import report as pages
+from .method import Analysis, Report, Result, check_factors, factored, scan
 from .method import Options as Method
 
 TARGETS = {role.value: role for role in (*EXPERT, *ATTENTION)}
@@ -154,7 +151,7 @@ class Worker:
     def row(self, slot: Slot, report: Report) -> Row:
         """The report's row, with what the whole model knows of the matrix."""
         tokens = self.calibration.tokens[slot] if self.calibration else None
-        return laser_report.row(slot, HF.piece(slot, self.source.config).name, report, tokens)
+        return pages.row(slot, HF.piece(slot, self.source.config).name, report, tokens)
 
 
 @contextmanager
@@ -206,8 +203,8 @@ def plan_laser(
     calibration: Calibration | None = None,
     device: torch.device | None = None,
     record: Mapping[str, Any] | None = None,
-) -> conversion.Job:
-    """Layout D with the chosen matrices reduced, for conversion.run.
+) -> Job:
+    """Layout D with the chosen matrices reduced.
 
     `known`: ranks chosen before (needed for factors). `record`: what else decides the bytes, for the journal, and is
     told in the report. Raises UsageError for slots, ranks or factors that cannot be.
@@ -217,19 +214,15 @@ def plan_laser(
     slots = select(source.config, options)
     if known is not None:
         slots = [slot for slot in slots if slot in known.ranks]
-    worker = Worker(source, method, device or torch.device("cpu"), calibration)
-    stored = _factor_shapes(source, slots, known) if options.factored else {}
-    job = conversion.plan_hf(source, conversion.Options(max_shard_bytes=options.max_shard_bytes), stored)
-    edit = Edit(worker, options, known)
-    changes = {slot: edit.unit(slot, stored, job.plan) for slot in slots}
+    edit = Edit(Worker(source, method, device or torch.device("cpu"), calibration), options, known)
+    formats = _factored(source, slots, known) if options.factored else {}
+    changes = conversion.Changes(formats, lambda _: [edit.work(slot) for slot in slots])
+    job = conversion.plan_hf(source, conversion.Options(max_shard_bytes=options.max_shard_bytes), changes)
     told = {"laser": options.document(), **(record or {})}
-    last = dict(job.last)
-    if stored:
-        last["config.json"] = _refusing(job.last["config.json"])
     return replace(
-        job, last=last, changes=changes, record={**told, **_digest(known)}, label="reducing",
+        job, record={**job.record, **told, **_digest(known)}, label="reducing",
         jobs=1 if calibration else None,  # layers in their order
-        report=lambda output: laser_report.documents(_report(source, told, known, output)),
+        report=lambda output: pages.documents(_report(source, told, known, output)),
     )  # fmt: skip
 
 
@@ -240,21 +233,15 @@ class Edit(NamedTuple):
     options: Options
     known: Survey | None
 
-    def unit(self, slot: Slot, stored: Mapping[Slot, Sequence[plan.Shape]], target: plan.Plan) -> conversion.Unit:
-        names = [name for name, _, _ in stored[slot]] if slot in stored else []
-        regions = tuple(Region(name, 0) for name in names)
-        regions = regions or (conversion.region_of(HF, slot, self.worker.source.config, target),)
-
-        def make(output: Output) -> Iterator[Iterator[Bits]]:
+    def work(self, slot: Slot) -> conversion.Work:
+        def make(output: Output) -> Iterator[Packed]:
             with self.worker.turn:
                 result = self.result(slot)
             found = self.known.rows.get(slot) if self.known else None
             output.note(str(slot), found or self.worker.row(slot, result.report))
-            parts = (result.stored,) if isinstance(result.stored, torch.Tensor) else (result.stored.A, result.stored.B)
-            for part in parts:
-                yield iter([_bits(part)])
+            yield result.stored
 
-        return conversion.Unit(regions, make)
+        return conversion.Work((slot,), make)
 
     def result(self, slot: Slot) -> Result:
         """Raises as Worker.analyse and the rule do."""
@@ -264,38 +251,17 @@ class Edit(NamedTuple):
             return analysis.factored(rank) if self.options.factored else analysis.dense(rank)
 
 
-def _bits(tensor: torch.Tensor) -> Bits:
-    """Bit patterns of a matrix, [rows, columns]."""
-    size = tensor.element_size()
-    signed: np.ndarray[Any, Any] = tensor.cpu().contiguous().view(getattr(torch, f"int{8 * size}")).numpy()
-    bits: Bits = signed.view(f"u{size}")
-    return bits
-
-
-def _factor_shapes(
-    source: Checkpoint, slots: Sequence[Slot], known: Survey | None
-) -> dict[Slot, tuple[plan.Shape, plan.Shape]]:
-    """A and B of every slot. Raises UsageError, which names matrix and numbers, where they are not smaller."""
+def _factored(source: Checkpoint, slots: Sequence[Slot], known: Survey | None) -> dict[Slot, Format]:
+    """The format of each slot. Raises UsageError, which names matrix and numbers, where factors are not smaller."""
     if known is None:
         raise UsageError("factors need their ranks before the output can be planned: survey the matrices first")
-    shapes: dict[Slot, tuple[plan.Shape, plan.Shape]] = {}
+    formats: dict[Slot, Format] = {}
     for slot in slots:
         (rows, cols), dtype = source.spec(slot)
-        rank = known.ranks[slot]
         with located(source, slot):
-            check_factors((rows, cols), rank)
-        first, second = factor_names(HF.piece(slot, source.config).name)
-        width = max(rank, 1)  # rank 0 is one column of zeros
-        shapes[slot] = ((first, dtype, (rows, width)), (second, dtype, (width, cols)))
-    return shapes
-
-
-def _refusing(config: bytes) -> bytes:
-    """config.json for factors. A quantization_config without quant_method makes transformers stop; with one that it
-    does not know, transformers goes on, and fills the matrices it does not find with random numbers.
-    """
-    about = "some matrices are stored as factors weight_a, weight_b; `mixtools convert to-hf` multiplies them"
-    return laser_report.merged(config, {"quantization_config": {"format": FACTORED, "about": about}})
+            check_factors((rows, cols), known.ranks[slot])
+        formats[slot] = factored(dtype, known.ranks[slot])
+    return formats
 
 
 def _digest(known: Survey | None) -> dict[str, str]:
@@ -310,7 +276,7 @@ def _report(source: Checkpoint, told: Mapping[str, Any], known: Survey | None, o
     """The report's document. Rows that no unit wrote are those of matrices that were looked at and left alone."""
     rows = {str(slot): row for slot, row in (known.rows if known else {}).items()} | output.notes
     ordered = [rows[str(slot)] for slot in source.config.slots() if str(slot) in rows]
-    return laser_report.document(source.layout.name, told, ordered)
+    return pages.document(source.layout.name, told, ordered)
 
 
 # --- before anything is done ---
@@ -365,5 +331,5 @@ def is_fixed(method: Method) -> int | None:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a finished run."""
-    document: dict[str, Any] = json.loads((folder / f"{laser_report.NAME}.json").read_text("utf-8"))
+    document: dict[str, Any] = json.loads((folder / f"{pages.NAME}.json").read_text("utf-8"))
     return document

@@ -15,10 +15,12 @@ from mixtral_oracle import read_nano
 from torch import Tensor
 
 from mixtools.errors import SpectrumError, TensorError, UsageError
+from mixtools.formats import Factored, Plain
 from mixtools.linalg import spectrum
 from mixtools.methods.laser import method as laser
-from mixtools.methods.laser.method import Covariance, Factors, Options
+from mixtools.methods.laser.method import Covariance, Options
 from mixtools.names import ATTENTION, EXPERT, Slot, layer_slots
+from mixtools.storage.dtypes import DType
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 RULES = ["mp", "gavish-donoho", "laserrmt", "energy=0.9", "rho=0.25", "rank=7"]
@@ -41,8 +43,8 @@ def truncated(weight: Tensor, rank: int) -> Tensor:
 
 
 def dense(result: laser.Result) -> Tensor:
-    assert isinstance(result.stored, Tensor)
-    return result.stored
+    assert isinstance(result.stored.format, Plain)
+    return result.dense
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -184,17 +186,17 @@ def test_factors_multiply_to_the_dense_weight(dtype: torch.dtype, shape: tuple[i
     weight = planted(shape, 6, dtype)
     expected = truncated(weight.double(), 10)
     result = laser.encode(weight, Options.parse("rank=10", factored=True))
-    factors = result.stored
-    assert isinstance(factors, Factors)
-    assert factors.A.shape == (shape[0], 10)
-    assert factors.B.shape == (10, shape[1])
-    assert factors.A.dtype == factors.B.dtype == result.dense.dtype == dtype
-    assert factors.A.is_contiguous()
-    assert factors.B.is_contiguous()
-    assert (factors.A.double() @ factors.B.double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
+    assert result.stored.format == Factored(DType.of(dtype), 10)
+    A, B = result.stored.parts
+    assert A.shape == (shape[0], 10)
+    assert B.shape == (10, shape[1])
+    assert A.dtype == B.dtype == result.dense.dtype == dtype
+    assert A.is_contiguous()
+    assert B.is_contiguous()
+    assert (A.double() @ B.double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
     assert (result.dense.double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
     # balanced: neither takes the range that the other has left
-    assert float(factors.A.double().norm()) == pytest.approx(float(factors.B.double().norm()), rel=1e-3)
+    assert float(A.double().norm()) == pytest.approx(float(B.double().norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +210,8 @@ def test_break_even_of_the_shapes_of_8x7b(shape: tuple[int, int], rank: int) -> 
 def test_factors_that_do_not_save_are_refused(shape: tuple[int, int], largest: int) -> None:
     weight = planted(shape, 2)
     saved = laser.encode(weight, Options.parse(f"rank={largest}", factored=True)).stored
-    assert isinstance(saved, Factors)
-    assert saved.A.numel() + saved.B.numel() < weight.numel()
+    assert saved.format == Factored(DType.of(weight.dtype), largest)
+    assert sum(part.numel() for part in saved.parts) < weight.numel()
     with pytest.raises(
         UsageError, match=rf"rank {largest + 1} hold [\d,]+ numbers.*save only below rank {largest + 1}"
     ):
@@ -218,8 +220,8 @@ def test_factors_that_do_not_save_are_refused(shape: tuple[int, int], largest: i
 
 def test_rank_zero_is_one_column_of_zeros() -> None:
     result = laser.encode(torch.zeros(10, 30), Options.parse("mp", factored=True))
-    assert isinstance(result.stored, Factors)
-    assert result.stored.A.shape == (10, 1)
+    assert result.stored.format == Factored(DType.F32, 1)
+    assert result.stored.parts[0].shape == (10, 1)
     assert result.report.rank == 0
     assert torch.equal(result.dense, torch.zeros(10, 30))
 

@@ -13,9 +13,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.checking import perplexity
 from mixtools.errors import ConfigError, InputError, LayoutError, SpectrumError, UsageError
+from mixtools.formats import Factored, Plain
 from mixtools.inference import calibrate
 from mixtools.inference.stream import Stream
 from mixtools.layouts.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from mixtools.methods.laser.search import SearchOptions
 from mixtools.methods.laser.search import run as laser_search
 from mixtools.names import Role, Slot
 from mixtools.storage import output as storage_output
+from mixtools.storage.dtypes import DType
 from mixtools.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[2] / "data"
@@ -43,7 +45,7 @@ def reduce(source: Checkpoint, out: Path, options: laser.Options, **how: Any) ->
     """As the command does, without a calibration. Returns the report."""
     worker = laser.Worker(source, options.method, torch.device("cpu"), None)
     known = laser.survey(worker, laser.select(source.config, options)) if options.factored else None
-    conversion.run(laser.plan_laser(source, options, known=known), out, conversion.Run(**how))
+    job.run(laser.plan_laser(source, options, known=known), out, job.Run(**how))
     return laser.read_report(out)
 
 
@@ -55,7 +57,7 @@ def damaged(tmp_path: Path, slot: Slot, weight: torch.Tensor) -> Checkpoint:
     """The nano model in layout D with another matrix in one place, without checksums."""
     out = tmp_path / "damaged"
     if not out.exists():
-        conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), out)
+        job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), out)
         (out / "mixtools.json").unlink()
     entry = open_checkpoint(out).entry(slot)
     with entry.source.paths[0].open("r+b") as file:
@@ -84,7 +86,7 @@ def test_each_rule_changes_the_chosen_and_nothing_else(tmp_path: Path, nano: Che
         else:
             assert np.array_equal(written.bits(slot), nano.bits(slot)), slot
     plain = tmp_path / "plain"
-    conversion.run(conversion.plan_hf(nano, conversion.Options()), plain)
+    job.run(conversion.plan_hf(nano, conversion.Options()), plain)
     both = files(tmp_path / "out"), files(plain)
     own = {"laser-report.json", "laser-report.csv", "laser-report.html"}
     assert both[0].keys() - both[1].keys() == own
@@ -107,7 +109,7 @@ def test_a_reduced_matrix_is_the_nearest_of_its_rank(tmp_path: Path, nano: Check
 def test_from_every_dense_layout_the_same_bytes(tmp_path: Path, nano: Checkpoint) -> None:
     options = laser.Options("0-1", "q,w1", "1", "energy=0.8")
     reduce(nano, tmp_path / "from-a", options)
-    conversion.run(conversion.plan_torrent(nano, conversion.Options(), safetensors=True), tmp_path / "c")
+    job.run(conversion.plan_torrent(nano, conversion.Options(), safetensors=True), tmp_path / "c")
     reduce(open_checkpoint(tmp_path / "c"), tmp_path / "from-c", options)
     pair = [files(tmp_path / name) for name in ("from-a", "from-c")]
     assert {name for name in pair[0] if pair[0][name] != pair[1][name]} <= {"mixtools.json", "laser-report.json"}
@@ -132,7 +134,7 @@ def test_factors_and_their_dense_form_agree_bit_for_bit(tmp_path: Path, nano: Ch
     chosen = laser.select(nano.config, options)
     ranks = {row["tensor"]: row["rank"] for row in report["matrices"]}
     for slot in chosen:
-        assert factored.is_factored(slot)
+        assert isinstance(factored.format(slot), Factored)
         name = factored.piece(slot).name
         first, second = (factored.store.entries[f"{name}_{letter}"].shape for letter in "ab")
         assert first[1] == second[0] == ranks[name]
@@ -142,12 +144,12 @@ def test_factors_and_their_dense_form_agree_bit_for_bit(tmp_path: Path, nano: Ch
             blocks = [block.copy() for block in factored.blocks(slot, size)]
             assert len(blocks) > 1
             assert np.array_equal(np.concatenate(blocks), factored.bits(slot))
-    conversion.run(conversion.plan_hf(factored, conversion.Options()), tmp_path / "dense")
+    job.run(conversion.plan_hf(factored, conversion.Options()), tmp_path / "dense")
     dense = open_checkpoint(tmp_path / "dense")
     for slot in nano.slots():
         assert np.array_equal(dense.bits(slot), factored.bits(slot))
         assert slot in chosen or np.array_equal(dense.bits(slot), nano.bits(slot))
-    assert not dense.is_factored(W2)
+    assert dense.format(W2) == Plain(DType.BF16)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("factored", "dense")]
     assert sizes[0] < sizes[1]
 
@@ -235,8 +237,8 @@ def test_a_killed_search_goes_on_and_ends_in_the_same_bytes(
     options = laser.Options("0-1", "w2", "0-3")
 
     def reduced(out: Path) -> None:
-        job = laser_search.plan_search(open_checkpoint(NANO), options, asked, dtype=torch.float32)
-        conversion.run(job, out, conversion.Run(jobs=1))
+        planned = laser_search.plan_search(open_checkpoint(NANO), options, asked, dtype=torch.float32)
+        job.run(planned, out, job.Run(jobs=1))
 
     reduced(tmp_path / "whole")
     report = laser.read_report(tmp_path / "whole")
@@ -422,8 +424,8 @@ def test_activation_keeps_the_smallest_rank_that_is_good_enough(
     options = laser.Options("all", "w2,w1", "2", "activation=0.05")
     slots = laser.select(nano.config, options)
     calibration = calibrate.Calibration(Stream(nano, dtype=torch.float32), text, slots)
-    job = laser.plan_laser(nano, options, calibration=calibration, record={"calibration": text.record})
-    conversion.run(job, tmp_path / "out", conversion.Run(jobs=4))
+    planned = laser.plan_laser(nano, options, calibration=calibration, record={"calibration": text.record})
+    job.run(planned, tmp_path / "out", job.Run(jobs=4))
     report, written = laser.read_report(tmp_path / "out"), open_checkpoint(tmp_path / "out")
     assert report["calibration"]["tokens"] == 6 * 64
     inputs = _Inputs(slots)

@@ -14,12 +14,12 @@ import torch
 from .... import conversion
 from ....checking.perplexity import Windows
 from ....errors import UsageError
+from ....job import Job
 from ....layouts.checkpoint import Checkpoint
 from ....layouts.hf import HF
-from ....names import Slot
 from ....progress import Progress
 from ....storage.output import Output
-from .. import report as laser_report
+from .. import report as pages
 from ..run import Edit, Options, Survey, Worker, select
 from . import Row, SearchOptions, search
 
@@ -50,7 +50,7 @@ def plan_search(
     dtype: torch.dtype = torch.bfloat16,
     max_memory: int | None = None,
     progress: Progress | None = None,
-) -> conversion.Job:
+) -> Job:
     """A job (conversion.run) that searches once its output is open, and then writes. Raises UsageError for factors."""
     if options.factored:
         raise UsageError("a search does not know its ranks before the output is planned: leave out --factored")
@@ -58,9 +58,8 @@ def plan_search(
     device = device or torch.device("cpu")
     rule = "laserrmt" if asked.options.method == "laserrmt" else ", ".join(asked.options.rank_rules)
     told = {"laser": {**options.document(), "rank_rule": rule}}
-    job = conversion.plan_hf(source, conversion.Options(max_shard_bytes=options.max_shard_bytes))
 
-    def prepare(output: Output) -> dict[Slot, conversion.Unit]:
+    def work(output: Output) -> list[conversion.Work]:
         if _WHOLE not in output.notes:
             earlier = [Row.from_document(found) for name, found in output.notes.items() if name.startswith(_PREFIX)]
             result = search(
@@ -72,12 +71,14 @@ def plan_search(
         rows = [Row.from_document(found) for found in output.notes[_WHOLE]["rows"]]
         ranks = {row.slot: row.rank for row in rows if row.rank is not None}
         edit = Edit(Worker(source, options.method, device, None), options, Survey(ranks, {}))
-        return {slot: edit.unit(slot, {}, job.plan) for slot in ranks}
+        return [edit.work(slot) for slot in ranks]
 
-    def report(output: Output) -> dict[str, bytes]:
-        return laser_report.documents(_report(source, {**told, "search": asked.record}, output))
+    def tell(output: Output) -> dict[str, bytes]:
+        return pages.documents(_report(source, {**told, "search": asked.record}, output))
 
-    return replace(job, prepare=prepare, report=report, record={**told, "search": asked.record}, label="reducing")
+    shards = conversion.Options(max_shard_bytes=options.max_shard_bytes)
+    job = conversion.plan_hf(source, shards, conversion.Changes(work=work))
+    return replace(job, report=tell, record={**job.record, **told, "search": asked.record}, label="reducing")
 
 
 def _report(source: Checkpoint, told: dict[str, Any], output: Output) -> dict[str, Any]:
@@ -99,4 +100,4 @@ def _report(source: Checkpoint, told: dict[str, Any], output: Output) -> dict[st
         tried = {**row.document(), "tensor": HF.piece(slot, source.config).name}
         candidates.append({**tried, **found})
     searched = {**told["search"], "accepted": len(rows), "held_out": whole["held_out"], "candidates": candidates}
-    return laser_report.document(source.layout.name, {**told, "search": searched}, rows)
+    return pages.document(source.layout.name, {**told, "search": searched}, rows)
