@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .errors import Interrupted, UsageError
+from .machine import human_bytes, human_time
 from .names import Slot
 from .progress import Progress, Silent
 from .storage import manifest
@@ -125,6 +126,23 @@ def _told(job: Job, output: Output) -> dict[str, bytes]:
     record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
     report = job.report(output) if job.report else {}
     return {**report, **ENCLOSED.get(), manifest.NAME: record}
+
+
+def told(done: Mapping[str, Any], *, rate: bool = False) -> Iterator[str]:
+    """Lines on a run, from what `run` returned, with `seconds` and `peak_memory_bytes`."""
+    size, seconds = human_bytes(done["bytes"]), done["seconds"]
+    speed = human_bytes((done["bytes"] - done["resumed_bytes"]) / max(seconds, 1e-9))
+    about = f"{f'{speed}/s, ' if rate else ''}peak memory {human_bytes(done['peak_memory_bytes'])}"
+    yield f"wrote {done['tensors']} tensors, {size}, in {human_time(seconds)} ({about})"
+    if done["resumed_bytes"]:
+        yield f"{human_bytes(done['resumed_bytes'])} were there already, from the interrupted run"
+    if done["missing"]:
+        yield lacking(done["missing"])
+
+
+def lacking(names: Sequence[str]) -> str:
+    """Said of an output whose source has no tokenizer."""
+    return f"note: the source has no {', '.join(names)}; the output has weights and configuration only"
 
 
 def write_units(units: Iterable[Unit], output: Output, how: Run) -> None:

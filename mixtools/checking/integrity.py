@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import ConfigError, Interrupted, MixtoolsError, TensorError
 from ..inference.budget import stored_bytes
+from ..layouts.checkpoint import expected_tensors
 from ..names import Slot
 from ..ops import cpu
 from ..progress import Progress, Silent
@@ -63,6 +64,28 @@ class Comparison:
         ]
         counts = {"identical": self.identical, "cast": self.cast, "different": len(self.differences)}
         return {**counts, "worst": worst}
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect` and `check` say of a checkpoint."""
+    store = checkpoint.store
+    sizes = {path.name: path.stat().st_size for source in store.sources for path in source.paths}
+    found = expected_tensors(checkpoint.layout, checkpoint.config, store).keys()
+    return {
+        "path": str(checkpoint.folder),
+        "layout": checkpoint.layout.name,
+        "title": checkpoint.layout.title,
+        "config": asdict(checkpoint.config),
+        "parameters": checkpoint.config.num_parameters,
+        "tensors": len(store.entries),
+        "bytes": sum(entry.nbytes for entry in store.entries.values()),
+        "bytes_by_dtype": {dtype.value: count for dtype, count in checkpoint.bytes_by_dtype().items()},
+        "quantization": None,
+        "checksums": sum(entry.record is not None for entry in store.entries.values()),
+        "missing": sorted(found - store.entries.keys()),
+        "unknown": sorted(name for name in store.entries.keys() - found if not checkpoint.layout.ignores(name)),
+        "files": sizes,
+    }
 
 
 def verify(checkpoint: Checkpoint, progress: Progress | None = None, jobs: int = JOBS) -> list[MixtoolsError]:

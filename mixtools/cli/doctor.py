@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..machine import human_bytes
 from . import base
 
 _PACKAGES = ("torch", "safetensors", "numpy", "scipy", "tokenizers", "sentencepiece", "huggingface-hub", "gguf")
@@ -79,8 +80,8 @@ def _tell(document: dict[str, Any]) -> Iterator[str]:
     cpu = document["cpu"]
     yield f"  {'cpu':<16} {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads, {cpu['torch_capability']}"
     yield f"  {'cuda':<16} {', '.join(document['cuda']) or 'no device'}"
-    yield f"  {'memory':<16} {base.human_bytes(document['memory_bytes'])}"
-    yield f"  {'disk':<16} {base.human_bytes(document['disk_free_bytes'])} free in this folder"
+    yield f"  {'memory':<16} {human_bytes(document['memory_bytes'])}"
+    yield f"  {'disk':<16} {human_bytes(document['disk_free_bytes'])} free in this folder"
     for name, version in document["optional"].items():
         yield f"  {name:<16} {version or 'not installed'} (optional: {_OPTIONAL[name]})"
     yield "all is well" if document["ok"] else "something is missing, see above"

@@ -11,8 +11,14 @@ from typing import Any
 import typer
 
 from .. import __version__
+from ..api import verbs
 from ..errors import Interrupted, MemoryBudgetError, MixtoolsError, UsageError
-from . import check, convert, doctor, generate, inspect, laser, perplexity, recipe
+from ..verbs import Entry, Verb
+from . import commands, doctor, generate, recipe
+
+_GROUPS = {"convert": "Rename and reshape a checkpoint into another layout."}
+_OWN = {"generate": generate.generate}  # verbs whose answer comes piece by piece
+_RUN = Verb.of("run", Entry("recipe.run:run_recipe"))
 
 app = typer.Typer(
     name="mixtools",
@@ -20,20 +26,26 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 our fault, 2 usage, 3 bad input, 4 check failed, 5 disk or memory, "
     "6 unsafe input, 7 Hub, 8 output exists or locked, 130 interrupted (run again to continue).",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command()(inspect.inspect)
-app.add_typer(convert.app, name="convert")
-app.command()(perplexity.perplexity)
-app.command()(check.check)
-app.command()(laser.laser)
-app.command()(laser.spectrum)
-app.command()(recipe.run)
-app.add_typer(recipe.app, name="recipe")
-app.command()(generate.generate)
-app.command()(doctor.doctor)
+
+
+def _add_commands() -> None:
+    """Every verb by its name, those of two words in groups; a new one needs no line here."""
+    groups: dict[str, typer.Typer] = {}
+    for name, verb in verbs().items():
+        group, _, word = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = typer.Typer(help=_GROUPS[group], no_args_is_help=True)
+            app.add_typer(groups[group], name=group)
+        (groups[group] if group else app).command(word)(commands.command(verb, _OWN.get(name, commands.call)))
+    app.command("run")(commands.command(_RUN, recipe.run))
+    app.add_typer(recipe.app, name="recipe")
+    app.command("doctor")(doctor.doctor)
+
+
+_add_commands()
 
 
 def _print_version(value: bool) -> None:
@@ -76,6 +88,11 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # a group alone; where the class lies depends on typer's version
+            print(getattr(error, "message", ""))
+            return UsageError.exit_code
         return _report(_as_ours(error, debug="--debug" in arguments), arguments)
 
 
@@ -99,7 +116,8 @@ def _usage_error(error: BaseException) -> UsageError | None:
         return None
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "mixtools"
-    return UsageError(f"{error.format_message().rstrip('.')}. Try: {path} --help")
+    message = error.format_message().rstrip(".")
+    return UsageError(f"{message}{' ' if message.endswith('?') else '. '}Try: {path} --help")
 
 
 def _report(error: MixtoolsError, arguments: list[str]) -> int:

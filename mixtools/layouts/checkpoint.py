@@ -128,6 +128,13 @@ class Checkpoint:
         for entry in self.parts(slot):
             yield entry, (stop - start) * entry.row_bytes if plain else entry.nbytes
 
+    def main_dtype(self) -> DType:
+        """Of the dense weights, that of most bytes."""
+        sizes: Counter[DType] = Counter()
+        for shape, dtype in map(self.spec, self.slots()):
+            sizes[dtype] += dtype.nbytes(shape)
+        return max(sizes, key=sizes.__getitem__)
+
     def bytes_by_dtype(self) -> dict[DType, int]:
         counts: Counter[DType] = Counter()
         for entry in self.store.entries.values():
@@ -148,8 +155,8 @@ def _format(piece: Piece, store: Store) -> Format | None:
     return detect({suffix: Stored(entry.dtype, entry.shape) for suffix, entry in there.items()})
 
 
-def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
-    """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
+def expected_tensors(layout: Layout, config: MixtralConfig, store: Store) -> dict[str, tuple[Part, Format]]:
+    """By name what must be stored: the parts of each slot, in the format found there; in none, of a plain one."""
     expected: dict[str, tuple[Part, Format]] = {}
     for slot in config.slots():
         piece = layout.piece(slot, config)
@@ -157,6 +164,12 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
         if len(piece.shape) < 2:  # no format but the plain one is for vectors
             format = Plain(format.dtype)
         expected |= {piece.part(part.suffix): (part, format) for part in format.parts(piece.shape)}
+    return expected
+
+
+def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
+    """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
+    expected = expected_tensors(layout, config, store)
     missing = [name for name in expected if name not in store.entries]
     unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []

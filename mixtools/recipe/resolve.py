@@ -10,13 +10,14 @@
         src: ${source}           # a variable, or ${steps.NAME.out}, an option of an earlier step
         out: ${out}
 
-Which verbs there are, and which options they take, is read from the commands themselves (cli/recipe.py).
+Which verbs there are, and which options they take, is read from the functions themselves (schema.py).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -364,3 +365,20 @@ def _expect_files(steps: Sequence[Step]) -> None:
 
 def _is_hub_name(path: Path) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(path)) is not None and not path.parent.exists()
+
+
+def as_command(step: Step) -> str:
+    """The step as one would type it."""
+    words = ["mixtools", *step.verb.name.split()]
+    flags: list[str] = []
+    for key, option in step.verb.options.items():
+        value = step.options.get(key)
+        if key in ("src", "output") or (key == "out" and option.required):
+            words.append(str(value))
+        elif value is not None and value != option.default:
+            flag = f"--{key.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags.append(flag if value else {"safetensors": "--pth"}.get(key, f"--no-{flag[2:]}"))
+            else:
+                flags += [part for item in (value if option.many else [value]) for part in (flag, str(item))]
+    return shlex.join(words + flags)

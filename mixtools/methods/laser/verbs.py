@@ -1,0 +1,327 @@
+"""mixtools.laser and mixtools.spectrum from start to end: what is asked, texts, limits, the job, and what is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from ...errors import MemoryBudgetError, OutputError, OutputExists, QuantizedError, UsageError
+from ...machine import (
+    available_memory,
+    check_device,
+    find_device,
+    human_bytes,
+    parse_limit,
+    parse_size,
+    peak_memory,
+)
+from ...options import Device, DryRun, Jobs, MaxMemory, Out, Overwrite, Resume, ShardSize, Source
+from ...progress import Callback, Progress, watched
+from ...verbs import Forecast, Option
+from .results import Reduced, Seen, tell_forecast
+
+if TYPE_CHECKING:
+    from ...inference.calibrate import Calibration
+    from ...job import Job, Run
+    from ...layouts.checkpoint import Checkpoint
+    from ...names import Slot
+    from . import run as engine
+
+ALL_TARGETS = "w1,w2,w3,q,k,v,o"
+RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
+BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
+
+Layers = Annotated[str, Option("WHICH", "all, 5, 3,7 or 20-31.")]
+Targets = Annotated[str, Option("NAMES", "Which matrices of a layer.")]
+Experts = Annotated[str, Option("WHICH", "all, 0 or 0,3: for w1, w2, w3.")]
+Exact = Annotated[bool, Option("", "A full SVD instead of the Gram matrix: for f32, and slow.")]
+Text = Annotated[str | Path | None, Option("FILE", "Calibration text, for layer errors.")]
+Samples = Annotated[int, Option("N", "Windows of the text.", low=1)]
+SeqLen = Annotated[int, Option("N", "Tokens of a window.", low=2)]
+
+
+class Machine(NamedTuple):
+    """The options that choose no figure."""
+
+    device: str
+    max_memory: int | None
+    jobs: int
+    progress: Progress
+
+
+class Texts(NamedTuple):
+    """What is read of the files, and how it is cut."""
+
+    text: Path | None
+    held_out: Path | None
+    samples: int
+    seq_len: int
+
+
+def laser(
+    source: Source, out: Out, *, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
+    rank_rule: Annotated[str | None, Option(RULES, "Which singular values stay; mp. A search: all.")] = None,
+    search: Annotated[str | None, Option("gain|laserrmt", "Keep only the edits that --text says help.")] = None,
+    margin: Annotated[float, Option("N", "--search gain: standard errors an edit must gain.", low=0)] = 2.0,
+    held_out: Annotated[str | Path | None, Option("FILE", "Another text, for the final figure.")] = None,
+    factored: Annotated[bool, Option("", "Store two factors for each matrix, not one.")] = False,
+    exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
+    max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
+    jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
+    progress: Progress | Callback | None = None,
+) -> Reduced | Forecast:  # fmt: skip
+    """Replace weight matrices by their best approximations of lower rank, and tell what each lost.
+
+    Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
+
+    arXiv 2312.13558; see method.py and linalg/rules.py for the rules. Memory: one matrix, decomposed, and with `text`
+    one layer. Raises UsageError for options or ranks that cannot be, SpectrumError for a matrix with NaN,
+    QuantizedError, MemoryBudgetError, and the errors of reading the source and writing the output.
+    """
+    check_device(device)
+    shard = parse_size(max_shard_size, "max_shard_size")
+    expect_consistent(search=search, text=text, held_out=held_out, rank_rule=rank_rule)
+    from ...job import Run
+    from ...storage.output import expect_free
+    from . import run as engine
+
+    options = engine.Options(layers, targets, experts, rank_rule or "mp", factored, exact, shard)
+    machine = Machine(device, parse_limit(max_memory), jobs, watched(progress))
+    checkpoint, slots = _open(source, Path(out), options)
+    threads = _threads_within(checkpoint, slots, machine, calibrated=text is not None)
+    if not dry_run:
+        expect_free(Path(out), overwrite)
+    texts = Texts(_path(text), _path(held_out), samples, seq_len)
+    notes: list[str] = []
+    if search and not dry_run:
+        job = _search_job(checkpoint, options, (search, margin, rank_rule), texts, machine)
+    else:
+        calibration = None if search else _calibration(checkpoint, slots, texts, machine, notes)
+        if dry_run:
+            return _forecast(checkpoint, slots, options, threads, rebuild=True, calibration=calibration, search=search)
+        job = _job(checkpoint, slots, options, calibration, machine)
+    return _carry_out(job, Path(out), Run(overwrite, resume, threads, machine.progress), notes)
+
+
+def spectrum(
+    source: Source, *, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
+    rank_rule: Annotated[str, Option(RULES, "Which singular values stay.")] = "mp",
+    exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
+    out: Annotated[str | Path | None, Option("DIR", "Write the report there.")] = None,
+    dry_run: DryRun = False,
+    overwrite: Annotated[bool, Option("", "Replace a report in DIR.", machine=True)] = False,
+    max_memory: MaxMemory = None, device: Device = "auto",
+    progress: Progress | Callback | None = None,
+) -> Seen | Forecast:  # fmt: skip
+    """Singular values of weight matrices: what `laser` would keep, without writing a weight.
+
+    Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
+
+    Raises as `laser`; OutputExists for a report that is there already.
+    """
+    check_device(device)
+    from . import report as pages
+    from . import run as engine
+
+    options = engine.Options(layers, targets, experts, rank_rule, exact=exact)
+    machine = Machine(device, parse_limit(max_memory), 1, watched(progress))
+    folder = _path(out)
+    options.method.rank_rule.require(text is not None)
+    checkpoint, slots = _open(source, folder, options)
+    _threads_within(checkpoint, slots, machine, calibrated=text is not None)
+    if folder is not None and not overwrite and (found := folder / f"{pages.NAME}.json").exists():
+        raise OutputExists("is there already, maybe that of a checkpoint; --overwrite replaces it", file=found)
+    notes: list[str] = []
+    calibration = _calibration(checkpoint, slots, Texts(_path(text), None, samples, seq_len), machine, notes)
+    record = {"calibration": calibration.text.record} if calibration else {}
+    if dry_run:
+        return _forecast(checkpoint, slots, options, 1, rebuild=False, calibration=calibration)
+    if (rank := engine.is_fixed(options.method)) is not None:
+        engine.fixed_survey(checkpoint, slots, rank)
+    began = time.monotonic()
+    worker = engine.Worker(checkpoint, options.method, find_device(device), calibration)
+    rows = engine.survey(worker, slots, machine.progress).rows
+    report = pages.document(checkpoint.layout.name, {"laser": options.document(), **record}, list(rows.values()))
+    if folder is not None:
+        _write(folder, pages.documents(report))
+    return Seen(folder, report, round(time.monotonic() - began, 3), peak_memory(), tuple(notes))
+
+
+def expect_consistent(
+    search: str | None = None, text: object = None, held_out: object = None, rank_rule: str | None = None,
+    max_shard_size: str | int = 0, **_: Any,
+) -> None:  # fmt: skip
+    """Raises UsageError for options of `laser` that contradict each other, or a value that is none."""
+    from ...linalg.rules import parse_rule
+
+    parse_size(max_shard_size, "max_shard_size")
+    if search is None and held_out is not None:
+        raise UsageError("--held-out is the text of a search's final figure; give it with --search")
+    if search is not None and (text is None or held_out is None):
+        raise UsageError("--search needs --text FILE to choose by and --held-out FILE for the final figure")
+    if search == "laserrmt" and rank_rule not in (None, "laserrmt"):
+        raise UsageError("--search laserrmt takes LaserRMT's own threshold; leave out --rank-rule")
+    parse_rule(rank_rule or "mp").require(text is not None)
+
+
+def _path(name: str | Path | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+# --- the job ---
+
+
+def _job(
+    source: Checkpoint, slots: list[Slot], options: engine.Options, calibration: Calibration | None, machine: Machine
+) -> Job:
+    """Ranks that can be told before anything is written are: too high a one, and those of factors."""
+    from . import run as engine
+
+    known = None
+    record = {"calibration": calibration.text.record} if calibration else {}
+    device = find_device(machine.device)
+    if (rank := engine.is_fixed(options.method)) is not None:
+        known = engine.fixed_survey(source, slots, rank)
+    elif options.factored:
+        worker = engine.Worker(source, options.method, device, calibration)
+        known, calibration = engine.survey(worker, slots, machine.progress), None
+    return engine.plan_laser(source, options, known=known, calibration=calibration, device=device, record=record)
+
+
+def _search_job(
+    source: Checkpoint, options: engine.Options, asked: tuple[str, float, str | None], texts: Texts, machine: Machine
+) -> Job:
+    """The two texts cut into windows, and the job that searches on them."""
+    import hashlib
+
+    from ...checking import perplexity
+    from ...text.tokenizer import Tokenizer
+    from .search import SearchOptions
+    from .search.run import Asked, plan_search
+
+    method, margin, rule = asked
+    wanted = SearchOptions(method, margin=margin)
+    if rule is not None:
+        wanted = replace(wanted, rank_rules=(rule,))
+    tokenizer = Tokenizer.from_folder(source.folder)
+    tokenizer.check_vocab(source.config)
+    windows: list[perplexity.Windows] = []
+    told: dict[str, Any] = {"samples": texts.samples, "seq_len": texts.seq_len}
+    for name, file in (("text", texts.text), ("held_out_text", texts.held_out)):
+        assert file is not None  # expect_consistent
+        content = perplexity.read_text(file)
+        ids = tokenizer.encode(content)
+        most = texts.samples * texts.seq_len
+        windows.append(perplexity.cut(ids, ctx=texts.seq_len, bos_id=tokenizer.bos_id, max_tokens=most))
+        told[name] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    limit = machine.max_memory if machine.max_memory is not None else available_memory()
+    return plan_search(
+        source, options, Asked(wanted, windows[0], windows[1], told), device=find_device(machine.device),
+        dtype=source.main_dtype().torch(), max_memory=limit, progress=machine.progress,
+    )  # fmt: skip
+
+
+def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str]) -> Reduced:
+    from ...job import run
+    from . import run as engine
+
+    began = time.monotonic()
+    done = run(job, out, how)
+    done |= {"seconds": round(time.monotonic() - began, 3), "peak_memory_bytes": peak_memory()}
+    return Reduced(out, job.inputs.folder, engine.read_report(out), done, tuple(notes))
+
+
+def _open(source: Source, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
+    from ...hub.opening import open_model
+    from . import run as engine
+
+    _ = options.method  # a rule that there is not is told first
+    try:
+        checkpoint = open_model(source)
+    except QuantizedError as error:
+        why = "is quantized; spectra need the weights themselves: `mixtools convert to-hf` it first, then take that"
+        raise QuantizedError(why, file=error.file, tensor=error.tensor) from None
+    if out is not None and checkpoint.folder.resolve() == out.resolve():
+        raise UsageError("the output is the source's own folder; name another", file=out)
+    slots = engine.select(checkpoint.config, options)
+    if not slots:
+        raise UsageError("no matrix is chosen by --layers, --targets and --experts together")
+    return checkpoint, slots
+
+
+def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, calibrated: bool) -> int:
+    """As many as asked for and as fit; one decomposes, the others copy."""
+    from ...inference import calibrate
+    from ...storage.store import CHUNK
+    from . import run as engine
+
+    limit, copier = machine.max_memory, 8 * CHUNK
+    need = BASE_MEMORY + engine.memory_bytes(source, slots, calibrated)
+    need += calibrate.moment_bytes(source.config, slots) if calibrated else 0
+    if limit is None:
+        return machine.jobs
+    if limit < need:
+        raise MemoryBudgetError(
+            "--max-memory is too small for the largest chosen matrix", expected=human_bytes(need), found=limit
+        )
+    return max(1, min(machine.jobs, 1 + (limit - need) // copier))
+
+
+def _calibration(
+    source: Checkpoint, slots: list[Slot], texts: Texts, machine: Machine, notes: list[str]
+) -> Calibration | None:
+    if texts.text is None:
+        return None
+    from ...checking.perplexity import read_text
+    from ...inference import calibrate
+    from ...inference.stream import Stream
+    from ...text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(source.folder)
+    if (remark := tokenizer.check_vocab(source.config)) is not None:
+        notes.append(remark)
+    ids = tokenizer.encode(read_text(texts.text), bos=False)
+    text = calibrate.cut(ids, texts.samples, texts.seq_len, tokenizer.bos_id)
+    limit = available_memory() if machine.max_memory is None else machine.max_memory - BASE_MEMORY
+    stream = Stream(source, find_device(machine.device), source.main_dtype().torch(), max_memory=limit)
+    stream.reserved = calibrate.moment_bytes(source.config, slots)
+    stream.plan([len(ids) for ids in text.sequences])  # what does not fit is told before anything is read
+    return calibrate.Calibration(stream, text, slots)
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", file=folder) from None
+
+
+# --- told ---
+
+
+def _forecast(
+    source: Checkpoint, slots: list[Slot], options: engine.Options, threads: int, *, rebuild: bool,
+    calibration: Calibration | None, search: str | None = None,
+) -> Forecast:  # fmt: skip
+    """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
+    from ... import conversion
+    from . import run as engine
+
+    memory = BASE_MEMORY + engine.memory_bytes(source, slots, calibration is not None)
+    if calibration:
+        memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
+    record = {"calibration": calibration.text.record} if calibration else {}
+    size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
+    seconds = round(engine.forecast_seconds(source, slots, rebuild, time.perf_counter), 1)
+    document: dict[str, Any] = {
+        "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),
+        "targets": engine.role_counts(slots), "bytes": size, "seconds": seconds,
+        "peak_memory_bytes": memory, "jobs": threads,
+    }  # fmt: skip
+    return Forecast(size, memory, seconds, document, tuple(tell_forecast(document)))
