@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,39 @@ def html(check: Check) -> str:
         histograms=_histograms(check.figures),
         prompts=_prompts(check.generation, check.tokenizer),
     )  # fmt: skip
+
+
+def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
+    """What a terminal shows. `folder`: where the report was written, if it was."""
+    for problem in document["integrity"]["problems"]:
+        yield f"problem: {problem['message']}"
+    if (ppl := document["perplexity"]) is not None:
+        yield (
+            f"perplexity {_number(ppl['source'])} -> {_number(ppl['output'])}, ln ratio {_number(ppl['ln_ratio'])} "
+            f"± {_number(ppl['ln_ratio_stderr'])} ({ppl['tokens']:,} tokens, {ppl['protocol']}, ctx {ppl['ctx']})"
+        )
+        kld = document["kld"]
+        yield (
+            f"KL divergence: mean {_number(kld['mean'])}, median {_number(kld['median'])}, 99 % {_number(kld['p99'])}, "
+            f"largest {_number(kld['max'])}; same top token {_number(document['same_top'])}"
+        )
+    if (said := document["generation"]) is not None:
+        yield (
+            f"continuations ({said['forced_on']}): agreement {_number(said['teacher_forced_agreement'])}, "
+            f"{said['identical']} of {said['prompts']} prompts identical"
+        )
+    for gate in document["gates"]:
+        verdict = "passed" if gate["passed"] else "FAILED"
+        yield f"gate {gate['name']}: {_number(gate['value'])}, limit {gate['limit']:g}: {verdict}"
+    for remark in document["remarks"]:
+        yield f"note: {remark}"
+    if folder is not None:
+        yield f"report: {folder / 'report.html'}"
+    yield f"checked: {'passed' if document['passed'] else 'FAILED'}. {headline(document)}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.5g}"
 
 
 def headline(document: dict[str, Any]) -> str:
