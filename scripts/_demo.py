@@ -42,12 +42,11 @@ def main() -> None:
     experts = f"{config['num_layers']} layers x {config['num_experts']} experts"
     same = f"{proof['generation']['identical']} of {proof['generation']['prompts']} continuations identical"
     perplexity = proof["perplexity"]
-    verdict = "PASSED" if proof["passed"] else "FAILED"
     ppl = f"perplexity {perplexity['source']:.4f} -> {perplexity['output']:.4f}"
     rows = [
         ("inspect", inspecting, f"{found['title']}, {found['parameters']:,} parameters, {experts}, every byte read"),
         ("convert", converting, f"{done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB -> {done['files'][0]}"),
-        ("check", checking, f"{verdict}: {ppl}, KLD {proof['kld']['mean']:.1e}, {same}"),
+        ("check", checking, f"{proof['verdict'].upper()}: {ppl}, KLD {proof['kld']['mean']:.1e}, {same}"),
         ("generate", generating, f"{PROMPT}{said['text']}".replace("\n", " ")),
     ]
     print()

@@ -1,17 +1,17 @@
 """The whole of `mixtools check`: integrity, then figures, then gates, as one document.
 
 output ─► verify (every byte) ─► compare with the source (dense) ─┐
-text, prompts ─► both models, a layer at a time ─► figures ───────┴─► gates ─► document, report
+text, prompts ─► both models, a layer at a time ─► figures ───────┴─► gates ─► verdict, document, report
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError, MixtoolsError, TokenizerError, UsageError
 from ..inference.stream import Stream, peak_memory_bytes
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..layouts.checkpoint import Checkpoint
+
+Verdict = Literal["passed", "intact", "failed"]
+PASSED: dict[Verdict, bool | None] = {"passed": True, "intact": None, "failed": False}  # as a document says it
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,25 @@ class Check:
     tokenizer: Tokenizer | None = None
 
     @property
+    def verdict(self) -> Verdict:
+        found: Verdict = self.document["verdict"]
+        return found
+
+    @property
     def passed(self) -> bool:
-        return bool(self.document["passed"])
+        """Whether gates judged it and all of them held: an output that is merely intact has not passed."""
+        return self.verdict == "passed"
+
+
+def decide(sound: bool, limits: Mapping[str, float], judged: Sequence[gates.Gate]) -> Verdict:
+    """The verdict. `sound`: nothing is damaged, and what was measured gave numbers; `limits`: what was to be judged.
+
+    Damage, a gate that does not hold, and a limit that could not be judged fail; where there was no limit at all the
+    output is intact, and how much it changed is for its reader to judge.
+    """
+    if not sound or len(judged) < len(limits) or not all(gate.passed for gate in judged):
+        return "failed"
+    return "passed" if judged else "intact"
 
 
 def run(
@@ -99,8 +119,9 @@ def run(
     judged = gates.judge(limits, _values(comparison, check.figures, check.generation)) if readable else []
     if readable and not judged:
         remarks.append(f"no default gates for the kind {kind}: the figures are reported, not judged")
+    verdict = decide(readable and not problems and _is_finite(check.figures), limits, judged)
     document = {
-        "passed": not problems and all(gate.passed for gate in judged),
+        "passed": PASSED[verdict], "verdict": verdict,
         "kind": kind, "source": summaries[0], "output": summaries[1],
         "integrity": {
             "passed": not problems, "tensors": len(output.store.entries),
@@ -240,6 +261,11 @@ def _values(
         found = generation.document()
         values |= {name: found[name] for name in ("teacher_forced_agreement", "identical")}
     return values
+
+
+def _is_finite(figures: parity.Figures | None) -> bool:
+    """A model that gives NaN is broken, whatever its bytes say, and no figure tells how much."""
+    return figures is None or (math.isfinite(figures.ln_ratio) and math.isfinite(float(figures.kld.mean())))
 
 
 def _finite(item: Any) -> Any:

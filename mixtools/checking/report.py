@@ -1,4 +1,8 @@
-"""report.json and report.html: the check for a script and for a person. The page needs nothing but itself."""
+"""report.json and report.html, and the lines of a terminal: the check for a script and for a person.
+
+The page needs nothing but itself. An output that no gate judges is told by its change first: what it lost in perplexity
+is the news of it, not that its bytes are whole.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,13 @@ from torch import Tensor
 from ..errors import OutputError
 from ..text.tokenizer import Tokenizer
 from . import gates
-from .judge import Check
+from .judge import Check, Verdict
 from .parity import Figures, Generation
 
 TEMPLATE = Path(__file__).with_name("report.html")
+TITLES: dict[Verdict, str] = {"passed": "Passed", "intact": "Intact, not judged", "failed": "Failed"}
+_ON_A_TERMINAL: dict[Verdict, str] = {"passed": "passed", "intact": "intact, not judged", "failed": "FAILED"}
+_NOT_MEASURED = "change of perplexity not measured: give a text with --text FILE"
 _WIDTH, _HEIGHT, _FOOT = 620, 140, 22  # of a histogram, in its own units
 _MARGIN_CLEAR = 1.0  # nats: above, the source preferred its token by more than e to 1
 
@@ -55,12 +62,14 @@ def write(check: Check, folder: Path) -> list[Path]:
 def html(check: Check) -> str:
     """The page. What comes from files (names, prompts, messages) is escaped by the template."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"sig": _significant, "percent": _percent, "bytes": _bytes, "time": _time}
+    environment.filters |= {"sig": _significant, "found": _found, "percent": _percent, "bytes": _bytes, "time": _time}
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     document = check.document
     return template.render(
         check=document,
-        headline=headline(document),
+        title=TITLES[check.verdict],
+        change=list(_change(document, "→")) if check.verdict == "intact" else [],
+        reason=_reason(document),
         gates=[{**gate, "about": gates.NAMES[gate["name"]], "at_least": gate["name"] in gates.AT_LEAST}
                for gate in document["gates"]],
         histograms=_histograms(check.figures),
@@ -68,60 +77,95 @@ def html(check: Check) -> str:
     )  # fmt: skip
 
 
+# --- words ---
+
+
 def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
     """What a terminal shows. `folder`: where the report was written, if it was."""
     for problem in document["integrity"]["problems"]:
         yield f"problem: {problem['message']}"
-    if (ppl := document["perplexity"]) is not None:
-        yield (
-            f"perplexity {_number(ppl['source'])} -> {_number(ppl['output'])}, ln ratio {_number(ppl['ln_ratio'])} "
-            f"± {_number(ppl['ln_ratio_stderr'])} ({ppl['tokens']:,} tokens, {ppl['protocol']}, ctx {ppl['ctx']})"
-        )
-        kld = document["kld"]
-        yield (
-            f"KL divergence: mean {_number(kld['mean'])}, median {_number(kld['median'])}, 99 % {_number(kld['p99'])}, "
-            f"largest {_number(kld['max'])}; same top token {_number(document['same_top'])}"
-        )
-    if (said := document["generation"]) is not None:
-        yield (
-            f"continuations ({said['forced_on']}): agreement {_number(said['teacher_forced_agreement'])}, "
-            f"{said['identical']} of {said['prompts']} prompts identical"
-        )
+    yield from _change(document, "->")
     for gate in document["gates"]:
-        verdict = "passed" if gate["passed"] else "FAILED"
-        yield f"gate {gate['name']}: {_number(gate['value'])}, limit {gate['limit']:g}: {verdict}"
+        held = "passed" if gate["passed"] else "FAILED"
+        yield f"gate {gate['name']}: {_found(gate['value'])}, limit {gate['limit']:g}: {held}"
     for remark in document["remarks"]:
         yield f"note: {remark}"
     if folder is not None:
         yield f"report: {folder / 'report.html'}"
-    yield f"checked: {'passed' if document['passed'] else 'FAILED'}. {headline(document)}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.5g}"
+    yield f"checked: {_ON_A_TERMINAL[document['verdict']]}. {headline(document)}"
 
 
 def headline(document: dict[str, Any]) -> str:
-    """The verdict's reason in one sentence."""
+    """The verdict's reason in a sentence or two; the change before it where nothing judged that."""
+    if document["verdict"] != "intact":
+        return _reason(document)
+    if (ppl := document["perplexity"]) is None:
+        return f"{_NOT_MEASURED}. {_reason(document)}"
+    kld = _significant(document["kld"]["mean"], 3)
+    return f"{_perplexity(ppl, '->')} ({_relative(ppl['ln_ratio'])}), mean KL divergence {kld}. {_reason(document)}"
+
+
+def _reason(document: dict[str, Any]) -> str:
     problems = document["integrity"]["problems"]
     failed = [gate for gate in document["gates"] if not gate["passed"]]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return f"The output is damaged: {problems[0]['message']}{more}."
     if failed:
-        named = ", ".join(
-            f"{gate['name']} is {_significant(gate['value'])}, limit {gate['limit']:g}" for gate in failed
-        )
+        named = ", ".join(f"{gate['name']} is {_found(gate['value'])}, limit {gate['limit']:g}" for gate in failed)
         return f"{len(failed)} of {len(document['gates'])} gates failed: {named}."
-    different = document["integrity"].get("different")
+    if document["verdict"] == "failed":
+        return "Perplexity or divergence is not finite: the output cannot be judged."
+    different, cast = document["integrity"]["different"], document["integrity"]["cast"]
     tensors = f"{document['integrity']['tensors']} tensors were read to the last byte"
+    same = "every one is its source's" + (", or an exact cast of it" if cast else ", bit for bit")
+    if document["verdict"] == "intact":
+        whole = f"none is damaged, {different} changed" if different else same
+        kind = f"No gate judges this kind of output ({document['kind']}); --gate NAME=VALUE sets a limit."
+        return f"{tensors}; {whole}. {kind}"
     if different == 0:
-        cast = document["integrity"]["cast"]
-        same = "is its source's, bit for bit" if not cast else "is its source's, or an exact cast of it"
-        return f"{tensors}; every one {same}."
-    if not document["gates"]:
-        return f"{tensors}; no gate judges this kind of output, the change is reported."
+        return f"{tensors}; {same}."
     return f"{tensors}; all {len(document['gates'])} gates passed."
+
+
+def _change(document: dict[str, Any], arrow: str) -> Iterator[str]:
+    """How far the output is from its source, as far as it was measured: perplexity first."""
+    if (ppl := document["perplexity"]) is not None:
+        error = f"ln ratio {_significant(ppl['ln_ratio'], 3)} ± {_significant(ppl['ln_ratio_stderr'], 2)}"
+        over = f"{ppl['tokens']:,} tokens, {ppl['protocol']}, ctx {ppl['ctx']}"
+        yield f"{_perplexity(ppl, arrow)}, {_relative(ppl['ln_ratio'])} ({error})"
+        kld = {name: _significant(value) for name, value in document["kld"].items()}
+        yield (
+            f"KL divergence: mean {kld['mean']}, median {kld['median']}, 99 % {kld['p99']}, largest {kld['max']}; "
+            f"same top token {_percent(document['same_top'])} ({over})"
+        )
+    elif document["verdict"] == "intact":
+        yield _NOT_MEASURED
+    if (said := document["generation"]) is not None:
+        yield (
+            f"continuations ({said['forced_on']}): agreement {_percent(said['teacher_forced_agreement'])}, "
+            f"{said['identical']} of {said['prompts']} prompts identical"
+        )
+
+
+def _perplexity(ppl: dict[str, Any], arrow: str) -> str:
+    return f"perplexity {_significant(ppl['source'])} {arrow} {_significant(ppl['output'])}"
+
+
+def _relative(ln_ratio: float | None) -> str:
+    """The change of perplexity in percent; as a factor where percents no longer say anything."""
+    if not ln_ratio:
+        return "unchanged" if ln_ratio == 0 else "change not finite"
+    ratio = math.exp(min(ln_ratio, 700.0))
+    if ratio >= 10:
+        return f"{_significant(ratio, 3)} times as high"
+    percent = 100 * math.expm1(ln_ratio)
+    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.2g} %"
+
+
+def _found(value: float | None) -> str:
+    """Of a gate, as fine as its limit is told. What was not measured and what is not finite judge alike."""
+    return "no figure" if value is None else f"{value:.6g}"
 
 
 # --- histograms ---
@@ -187,7 +231,7 @@ def _histogram(
         {"x": place(value), "text": label.format(value) if value or "e" in label else "0"}
         for value in _ticks(low, high, whole="e" in label)
     ]
-    lines = [{"x": place(value), "text": name} for name, value in marks]
+    lines = [{"x": place(value), "text": name} for name, value in marks if math.isfinite(value)]
     return {"width": _WIDTH, "height": _HEIGHT, "floor": floor, "bars": bars, "ticks": ticks, "marks": lines}
 
 

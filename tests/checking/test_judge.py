@@ -23,8 +23,8 @@ from mixtools.layouts.detect import open_checkpoint
 TEXT, PROMPTS = DATA / "text.txt", DATA / "prompts.json"
 CPU = judge.Machine(torch.device("cpu"))
 PROMISED = {
-    "passed", "source", "output", "integrity", "perplexity", "kld", "same_top", "rms_delta_p", "generation", "gates",
-    "seconds", "peak_memory_bytes",
+    "passed", "verdict", "source", "output", "integrity", "perplexity", "kld", "same_top", "rms_delta_p", "generation",
+    "gates", "seconds", "peak_memory_bytes",
 }  # fmt: skip
 
 

@@ -128,6 +128,21 @@ def test_a_failed_check_ends_the_run_with_its_code(nano: Path, tmp_path: Path) -
     assert not (tmp_path / "back").exists()
 
 
+def test_an_output_that_no_gate_judges_does_not_end_the_run(nano: Path, tmp_path: Path) -> None:
+    low, back = tmp_path / "low", tmp_path / "back"
+    steps = [
+        {"do": "laser", "src": str(nano), "out": str(low), "layers": 1, "targets": "q", "rank_rule": "rank=8"},
+        {"do": "check", "output": "${steps.laser.out}", "against": str(nano)},
+        {"do": "convert hf-to-torrent", "as": "back", "src": "${steps.laser.out}", "out": str(back)},
+    ]
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"name": "n", "description": "d", "steps": steps}))
+    told = document("run", file)["steps"]
+    assert [step["status"] for step in told] == ["done", "done", "done"]
+    assert (told[1]["result"]["passed"], told[1]["result"]["verdict"]) == (None, "intact")
+    assert back.is_dir()
+
+
 def test_laser_and_check_go_on_after_an_interruption(nano: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from mixtools.methods.laser import run as laser
 
