@@ -114,7 +114,7 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
     sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
     inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
     record = {"layout": layout.name, "options": asdict(options)}
-    return Job(inputs, target, units, record, {}, {}, worker_bytes=_worker_bytes(source, layout))
+    return Job(inputs, target, units, record, {}, {}, title=layout.title, worker_bytes=_worker_bytes(source, layout))
 
 
 def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:

@@ -78,7 +78,7 @@ class Job:
     `units` gives all that is written, once the output is open and can keep notes. `record`: what decides the bytes, for
     the journal (which fits no other) and the manifest. `documents` are written after the weights, `last` after them;
     `report` gives, once all weights are written, the documents that tell of them. `missing`: what the output lacks
-    because the source does. `worker_bytes`: what a thread takes at most.
+    because the source does. `title`: of what is written. `worker_bytes`: what a thread takes at most.
     """
 
     inputs: Inputs
@@ -89,6 +89,7 @@ class Job:
     last: Mapping[str, bytes]
     missing: tuple[str, ...] = ()
     report: Callable[[Output], Mapping[str, bytes]] | None = None
+    title: str = ""
     label: str = "converting"
     jobs: int | None = None  # threads at most
     worker_bytes: int = 0

@@ -104,7 +104,8 @@ class Checked(Result):
     @property
     def passed(self) -> bool | None:
         """None where nothing was judged."""
-        return self.check.passed
+        passed: bool | None = self.document["passed"]
+        return passed
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # a constant for most results
@@ -156,7 +157,8 @@ def check(
 
     Example: mixtools check Mixtral-8x7B-Q4 --against Mixtral-8x7B-v0.1 --text wikitext2-test.txt --report report
 
-    `gate`: limits by name, or as NAME=VALUE. Raises UsageError for options that cannot be, InputError for a text that
+    An output that no gate judges, as LASER's, is "intact", and its change is told first. `gate`: limits by name, or as
+    NAME=VALUE. Raises UsageError for options that cannot be, InputError for a text that
     cannot be used or a source with problems. What is wrong with the output is not raised but told.
     """
     from ..checking.gates import parse
@@ -166,7 +168,6 @@ def check(
     check_device(device)
     from ..checking import judge
     from ..checking import report as page
-    from ..checking.integrity import summary
     from ..hub.opening import open_model
 
     source = open_model(against)
@@ -179,7 +180,7 @@ def check(
     machine = judge.Machine(
         where, compute_dtype(dtype), max_memory=memory_for(where, limit), progress=watched(progress)
     )
-    found = judge.run(source, made, options, machine, (summary(source), summary(made)))
+    found = judge.run(source, made, options, machine)
     folder = _path(report)
     if folder is not None:
         page.write(found, folder)

@@ -92,9 +92,8 @@ def run(
     output: Checkpoint,
     options: Options,
     machine: Machine,
-    summaries: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
 ) -> Check:
-    """Check `output` against `source`. Opened leniently; `summaries` are inspect's.
+    """Check `output` against `source`. Opened leniently.
 
     Raises UsageError for options that cannot be, InputError for a text that cannot be used or a source with problems,
     all before a weight is read. What is wrong with the output is not raised but told in the document.
@@ -122,7 +121,7 @@ def run(
     verdict = decide(readable and not problems and _is_finite(check.figures), limits, judged)
     document = {
         "passed": PASSED[verdict], "verdict": verdict,
-        "kind": kind, "source": summaries[0], "output": summaries[1],
+        "kind": kind, "source": integrity.summary(source), "output": integrity.summary(output),
         "integrity": {
             "passed": not problems, "tensors": len(output.store.entries),
             "problems": [problem.document()["error"] for problem in problems],
@@ -170,14 +169,8 @@ def _measured(options: Options) -> set[str]:
     return names
 
 
-def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of the weights are stored in."""
-    sizes = checkpoint.bytes_by_dtype()
-    return max(sizes, key=sizes.__getitem__).torch()
-
-
 def _stream(checkpoint: Checkpoint, machine: Machine) -> Stream:
-    dtype = main_dtype(checkpoint) if machine.dtype is None else machine.dtype
+    dtype = checkpoint.main_dtype().torch() if machine.dtype is None else machine.dtype
     return Stream(
         checkpoint, machine.device, dtype,
         max_memory=machine.max_memory, progress=machine.progress, spill=machine.spill,

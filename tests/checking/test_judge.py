@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from mixtools import conversion, job
 from mixtools.checking import gates, judge, report
-from mixtools.cli.inspect import summary
 from mixtools.errors import InputError, OutputError, UsageError
 from mixtools.layouts.detect import open_checkpoint
 
@@ -51,7 +50,7 @@ def worse(good, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(output: Path, **options) -> judge.Check:
     models = open_checkpoint(NANO), open_checkpoint(output, strict=False)
-    return judge.run(*models, judge.Options(**options), CPU, (summary(models[0]), summary(models[1])))
+    return judge.run(*models, judge.Options(**options), CPU)
 
 
 @pytest.fixture(scope="module")

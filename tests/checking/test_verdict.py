@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from mixtools import conversion
 from mixtools.checking import gates, judge, report
-from mixtools.cli.inspect import summary
 from mixtools.cli.main import main
 from mixtools.layouts.detect import open_checkpoint
 
@@ -39,7 +38,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 def check(output: Path, **options: Any) -> judge.Check:
     models = open_checkpoint(NANO), open_checkpoint(output, strict=False)
-    return judge.run(*models, judge.Options(**options), CPU, (summary(models[0]), summary(models[1])))
+    return judge.run(*models, judge.Options(**options), CPU)
 
 
 # --- the decision ---

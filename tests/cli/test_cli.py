@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixtools import machine
 from mixtools.cli import base
 from mixtools.errors import UsageError
 
@@ -244,13 +245,13 @@ def test_a_closed_pipe_is_no_error() -> None:
     [("5GB", 5 * 10**9), ("800mb", 8 * 10**8), ("1.5GiB", 3 << 29), ("4096", 4096), ("2 K", 2000), ("1T", 10**12)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert base.parse_size(text, "--x") == size
+    assert machine.parse_size(text, "x") == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1PB", "1e9", "5 GB!", "nan"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="--x"):
-        base.parse_size(text, "--x")
+        machine.parse_size(text, "x")
 
 
 def test_line_progress_tells_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mixtools import conversion, job
-from mixtools.cli import laser as command
 from mixtools.layouts.detect import open_checkpoint
+from mixtools.methods.laser import verbs as command
 from mixtools.methods.laser.run import ALL_TARGETS
 
 DATA = Path(__file__).parent.parent / "data"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mixtools.cli import main as cli
-from mixtools.cli import recipe as command
+from mixtools.recipe import run as command
 
 DATA = Path(__file__).parent.parent / "data"
 NANO = DATA / "nano-mixtral"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mixtools import errors
-from mixtools.cli.base import find_model
 from mixtools.hub import fetch
+from mixtools.hub.opening import locate
 from mixtools.layouts.detect import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,7 +74,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_model_of_the_hub_is_a_model_like_any_other(hub: str) -> None:
-    folder = find_model("org/nano")
+    folder = locate("org/nano")
     assert (folder / "consolidated.00.pth").read_bytes() == (NANO / "consolidated.00.pth").read_bytes()
     assert open_checkpoint(folder).layout.letter == "A"
     assert not (folder / "RELEASE").exists()  # only what a checkpoint needs is fetched
@@ -82,14 +82,14 @@ def test_a_model_of_the_hub_is_a_model_like_any_other(hub: str) -> None:
 
 def test_an_unknown_repository_is_one_line(hub: str) -> None:
     with pytest.raises(errors.HubError, match=r"org/other: cannot be fetched from the Hub: .+") as raised:
-        find_model("org/other")
+        locate("org/other")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/no/such", "./org/name", "org/na me"])
 def test_what_cannot_be_a_hub_name_is_a_missing_path(name: str) -> None:
     with pytest.raises(errors.InputError, match="does not exist"):
-        find_model(name)
+        locate(name)
 
 
 def test_one_layout_of_several_is_chosen() -> None:
