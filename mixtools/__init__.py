@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # for readers of types; at run time __getattr__ finds them, and every method of methods/ besides
     from .api.converting import convert as convert

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import __version__
 from .errors import Interrupted, UsageError
 from .machine import human_bytes, human_time
 from .names import Slot
@@ -27,6 +26,7 @@ from .storage.output import Output, Region
 from .storage.plan import Plan
 from .storage.source import Source
 from .storage.store import Bits
+from .version import __version__
 
 # what lies beside every output made within: the recipe, whatever command its step calls
 ENCLOSED: ContextVar[Mapping[str, bytes]] = ContextVar("enclosed", default={})  # noqa: B039, nobody changes it

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..machine import human_bytes
+from ..version import __version__
 from . import base
 
 _PACKAGES = ("torch", "safetensors", "numpy", "scipy", "tokenizers", "sentencepiece", "huggingface-hub", "gguf")

@@ -10,10 +10,10 @@ from typing import Any
 
 import typer
 
-from .. import __version__
 from ..api import verbs
 from ..errors import Interrupted, MemoryBudgetError, MixtoolsError, UsageError
 from ..verbs import Entry, Verb
+from ..version import __version__
 from . import commands, doctor, generate, recipe
 
 _GROUPS = {"convert": "Rename and reshape a checkpoint into another layout."}

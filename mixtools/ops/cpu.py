@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-
-import mixtools
 
 from ..errors import MixtoolsError, UsageError
 from ..storage.dtypes import DType
@@ -125,9 +124,14 @@ def first_nonfinite(buffer: Buffer | Array, dtype: DType, *, threads: int = 1) -
     return None if index < 0 else index
 
 
+def _folders() -> list[str]:
+    """Of the package: where it is installed, and where its sources lie if that is elsewhere."""
+    return [*sys.modules[__name__.partition(".")[0]].__path__]
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    path = next(filter(Path.is_file, (Path(folder) / LIBRARY for folder in mixtools.__path__)), None)
+    path = next(filter(Path.is_file, (Path(folder) / LIBRARY for folder in _folders())), None)
     if path is None:
         raise MixtoolsError(f"the compiled kernels ({LIBRARY}) are missing: {_BUILD}")
     return _load(path)

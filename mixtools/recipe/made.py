@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from .. import __version__
 from ..errors import RecipeError
+from ..version import __version__
 from .resolve import Recipe, Step, read
 
 NAME = "recipe.yaml"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import mixtools
 from mixtools.errors import MixtoolsError, UsageError
 from mixtools.ops import cpu
 from mixtools.storage.dtypes import DType
@@ -249,7 +250,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path):
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch):
-    path = next(Path(folder) / cpu.LIBRARY for folder in cpu.mixtools.__path__ if (Path(folder) / cpu.LIBRARY).exists())
+    path = next(Path(folder) / cpu.LIBRARY for folder in mixtools.__path__ if (Path(folder) / cpu.LIBRARY).exists())
     monkeypatch.setattr(cpu, "ABI_VERSION", cpu.ABI_VERSION + 1)
     with pytest.raises(MixtoolsError, match="another version") as caught:
         cpu._load(path)
@@ -267,6 +268,7 @@ def test_calls_from_many_python_threads_do_not_mix():
 FORK = """
 import os
 import numpy as np
+import mixtools
 from mixtools.ops import cpu
 array = np.arange(3_000_000, dtype=np.uint32).reshape(1500, 2000)
 cpu.transpose(array, threads=3)  # the pool has helpers now

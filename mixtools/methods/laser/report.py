@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ... import __version__
 from ...linalg.bulk import singular_value_density
 from ...linalg.spectrum import FloatArray
 from ...names import Slot
+from ...version import __version__
 from .method import Report
 
 NAME = "laser-report"
