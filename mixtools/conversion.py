@@ -61,6 +61,14 @@ class Changes:
     formats: Mapping[Slot, Format] = field(default_factory=dict)
     work: Callable[[Output], Iterable[Work]] = lambda _: ()
 
+    @classmethod
+    def each(
+        cls, slots: Iterable[Slot], encode: Callable[[Slot], Packed], formats: Mapping[Slot, Format] | None = None
+    ) -> Changes:
+        """Of a method whose unit is one matrix."""
+        works = [Work((slot,), lambda _, slot=slot: [encode(slot)]) for slot in slots]  # type: ignore[misc]
+        return cls(formats or {}, lambda _: works)
+
 
 def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None) -> Job:
     """Layout D: sharded safetensors, configuration, tokenizer and chat template.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..storage import manifest
 
 AT_LEAST = frozenset({"same_top", "teacher_forced_agreement", "identical"})
 NAMES = {
@@ -89,16 +90,18 @@ def parse(texts: Iterable[str]) -> dict[str, float]:
 
 
 def kind_of(checkpoint: object, folder: Path) -> str:
-    """What sort of output this is: "dense", "laser", or its quantization ("Q4_K_M", "gptq", ...)."""
+    """What sort of output this is: "dense", "laser" or another method's name, or a quantization ("Q4_K_M", ...)."""
     if (quantization := getattr(checkpoint, "quantization", None)) is not None:
         return str(quantization)
-    return "laser" if (folder / "laser-report.json").is_file() or _method(folder) == "laser" else "dense"
+    return _method(folder) or ("laser" if (folder / "laser-report.json").is_file() else "dense")
 
 
 def _method(folder: Path) -> str | None:
+    """A method's job tells its options in the manifest, under its name."""
     try:
-        return str(json.loads((folder / "mixtools.json").read_text("utf-8")).get("method"))
-    except (OSError, ValueError, AttributeError):
+        told = json.loads((folder / manifest.NAME).read_text("utf-8"))
+        return next((str(name) for name in told if name not in manifest.KEYS), None)
+    except (OSError, ValueError, TypeError):
         return None  # a manifest is no condition; a damaged one is reported where it is read
 
 

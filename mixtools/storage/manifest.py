@@ -16,6 +16,7 @@ from .store import Entry, Record
 
 NAME = "mixtools.json"
 MAX_BYTES = 16 << 20
+KEYS = ("mixtools", "layout", "options", "source", "files", "crc32", "method")  # of every output; others are a method's
 
 
 def encode(origin: Mapping[str, Any], files: Mapping[str, int], tensors: Mapping[str, int]) -> bytes:
