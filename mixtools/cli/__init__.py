@@ -1,0 +1,1 @@
+"""The command line: a skin over the verbs; the only place that prints."""

@@ -1,0 +1,1 @@
+"""Models by name: from the Hub, or where they lie."""
