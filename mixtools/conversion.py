@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .config import MixtralConfig
 from .errors import FormatError, InputError, MixtoolsError, TensorError, UnsafeError, UsageError
 from .formats import Format, Packed, Plain
-from .job import Inputs, Job, Unit
+from .job import BARE, WITH_TORCH, Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
 from .layouts.detect import stays_inside
 from .layouts.hf import HF, HF_BIN, HF_FUSED
@@ -122,7 +122,11 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
     sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
     inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
     record = {"layout": layout.name, "options": asdict(options)}
-    return Job(inputs, target, units, record, {}, {}, title=layout.title, worker_bytes=_worker_bytes(source, layout))
+    copies = all(formats[slot] == source.format(slot) and isinstance(formats[slot], Plain) for slot in source.slots())
+    return Job(
+        inputs, target, units, record, {}, {}, title=layout.title,
+        base_bytes=BARE if copies else WITH_TORCH, worker_bytes=_worker_bytes(source, layout),
+    )  # fmt: skip
 
 
 def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:

@@ -28,6 +28,7 @@ from .storage.source import Source
 from .storage.store import Bits
 from .version import __version__
 
+BARE, WITH_TORCH = 100_000_000, 400_000_000  # an interpreter with numpy and the headers; one that has imported torch
 # what lies beside every output made within: the recipe, whatever command its step calls
 ENCLOSED: ContextVar[Mapping[str, bytes]] = ContextVar("enclosed", default={})  # noqa: B039, nobody changes it
 
@@ -78,7 +79,8 @@ class Job:
     `units` gives all that is written, once the output is open and can keep notes. `record`: what decides the bytes, for
     the journal (which fits no other) and the manifest. `documents` are written after the weights, `last` after them;
     `report` gives, once all weights are written, the documents that tell of them. `missing`: what the output lacks
-    because the source does. `title`: of what is written. `worker_bytes`: what a thread takes at most.
+    because the source does. `title`: of what is written. `base_bytes`: what the process takes before it does
+    anything; `worker_bytes`: what a thread takes at most beside it.
     """
 
     inputs: Inputs
@@ -92,6 +94,7 @@ class Job:
     title: str = ""
     label: str = "converting"
     jobs: int | None = None  # threads at most
+    base_bytes: int = BARE
     worker_bytes: int = 0
 
 

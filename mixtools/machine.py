@@ -49,7 +49,13 @@ def human_time(seconds: float) -> str:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Largest resident set of this process so far, in bytes.
+
+    On Linux not by getrusage, whose figure survives exec: a large parent's would be told as ours.
+    """
+    status = _fields("/proc/self/status")
+    if "VmHWM" in status:
+        return int(status["VmHWM"].split()[0]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,12 +64,17 @@ def peak_memory() -> int:
 
 def available_memory() -> int | None:
     """Bytes that this machine can still give (Linux); None where it does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = _fields("/proc/meminfo")
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _fields(file: str) -> dict[str, str]:
+    """Of one of Linux's own files, a name and a value a line; empty elsewhere."""
+    try:
+        lines = Path(file).read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def check_device(name: str) -> None:

@@ -16,7 +16,6 @@ from .machine import human_bytes, human_time, peak_memory
 from .storage.store import CHUNK
 from .verbs import Forecast, Result
 
-BASE_MEMORY = 100_000_000  # the interpreter, numpy and the headers
 _PROBE = 128_000_000  # bytes of the source that are read to know its rate
 
 
@@ -73,9 +72,9 @@ def write(job: Job, source: Checkpoint, out: Path, how: Run, *, limit: int | Non
 def _jobs_within(job: Job, jobs: int, limit: int | None) -> int:
     if limit is None:
         return jobs
-    fitting = (limit - BASE_MEMORY) // job.worker_bytes
+    fitting = (limit - job.base_bytes) // job.worker_bytes
     if fitting < 1:
-        need = human_bytes(BASE_MEMORY + job.worker_bytes)
+        need = human_bytes(job.base_bytes + job.worker_bytes)
         raise MemoryBudgetError("--max-memory is too small even for one thread", expected=need, found=limit)
     return min(jobs, fitting)
 
@@ -86,7 +85,7 @@ def _forecast(job: Job, source: Checkpoint, out: Path, jobs: int) -> Forecast:
     while not folder.exists():
         folder = folder.absolute().parent
     status = os.statvfs(folder)
-    size, memory = job.plan.total_bytes, BASE_MEMORY + jobs * job.worker_bytes
+    size, memory = job.plan.total_bytes, job.base_bytes + jobs * job.worker_bytes
     seconds = round(2 * size / _read_rate(source), 1)
     free = status.f_bavail * status.f_frsize
     document = {

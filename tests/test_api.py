@@ -156,6 +156,21 @@ def test_a_dry_run_is_a_forecast(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", ["keep", "f16", "f32"])
+def test_a_forecast_of_memory_holds(tmp_path: Path, dtype: str) -> None:
+    """In a process of its own, and with a limit that leaves room for one thread: torch is imported only for a cast."""
+    code = (
+        "import sys, mixtools\n"
+        "told = mixtools.convert(*sys.argv[1:3], dtype=sys.argv[3], jobs=1, dry_run=True)\n"
+        "done = mixtools.convert(*sys.argv[1:3], dtype=sys.argv[3], max_memory=told.peak_memory_bytes)\n"
+        "print(told.peak_memory_bytes, done.peak_memory_bytes)"
+    )
+    call = [sys.executable, "-c", code, str(NANO), str(tmp_path / "out"), dtype]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    told, peak = map(int, done.stdout.split())
+    assert peak <= told <= 3 * peak
+
+
 def test_results_print_what_commands_print(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = mixtools.inspect(hf, verify=True)
     assert capsys.readouterr() == ("", "")
@@ -317,3 +332,13 @@ def test_the_smallest_method_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (tmp_path / "c" / "model.safetensors").read_bytes() == weights[0]
     finally:
         api.verbs.cache_clear()
+
+
+def test_a_large_parent_s_memory_is_not_ours() -> None:
+    code = (
+        "import subprocess, sys\nballast = bytearray(600_000_000)\n"
+        "child = 'from mixtools import machine; print(machine.peak_memory())'\n"
+        "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5e6 < int(done.stdout) < 1e8
