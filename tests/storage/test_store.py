@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from storage import zips
 
 from mixtools import errors
 from mixtools.storage.source import Source
-from mixtools.storage.store import Store, by_name
+from mixtools.storage.store import CHUNK, Store, by_name
 from mixtools.storage.torchzip import read_header
 
 
@@ -127,3 +128,17 @@ def test_out_is_used(tmp_path: Path) -> None:
     out = np.empty((2, 4), "u4")
     assert store.read_rows("a", 1, 3, out=out) is out
     assert out.view("f4").tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("flip", [None, 0, CHUNK - 1, CHUNK, 2 * CHUNK + 100])
+def test_longer_than_a_chunk(tmp_path: Path, flip: int | None) -> None:
+    """Read whole, in runs of rows, and by `finish`: each longer than what is read and summed at once."""
+    tensor = torch.arange((2 * CHUNK + 400) // 4, dtype=torch.int32).reshape(-1, 4)
+    rows = len(tensor)
+    for ends in ([rows], [rows - 3, rows], [1]):
+        store, source = open_store(tmp_path / "x", {"a": tensor}, flip)
+        with pytest.raises(errors.ChecksumError) if flip is not None else contextlib.nullcontext():
+            read = [store.read_rows("a", start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+            store.finish()
+            assert np.array_equal(np.concatenate(read).view("i4"), tensor[: ends[-1]])
+        assert source.count == tensor.nbytes
