@@ -11,8 +11,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -98,6 +99,41 @@ def test_order_of_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     weights = [file.name for file in small.PLAN.files]
     assert order == [*weights, *small.DOCUMENTS, "config.json", "model.safetensors.index.json"]
     assert synced >= {JOURNAL, tmp_path.name, WORK, tmp_path.parent.name}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fresh", "overwrite"])
+def test_each_step_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """When the power fails a folder may lose what changed since its last fsync: what tells of it must not be lost."""
+    folder = old_checkpoint(tmp_path / "out") if old else tmp_path / "out"
+    steps: list[tuple[str, str]] = []
+
+    def watch(name: str, tell: Callable[..., tuple[str, str]]) -> None:
+        real = getattr(os, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            steps.append(tell(*arguments))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda file: ("sync", Path(f"/proc/self/fd/{file}").readlink().name))
+    watch("rename", lambda source, target: ("rename", Path(target).name))
+    watch("unlink", lambda path, **_: ("remove", Path(path).name))
+    watch("rmdir", lambda path, **_: ("remove", Path(path).name))
+    small.write(folder, overwrite=old)
+
+    def places(*kinds: str, of: Collection[str] | None = None) -> list[int]:
+        return [at for at, (kind, name) in enumerate(steps) if kind in kinds and (of is None or name in of)]
+
+    first_change = min(places("rename") + places("remove", of=OLD))
+    (journal_sync,) = places("sync", of=[JOURNAL])
+    assert max(places("sync", of=[WORK])) < journal_sync < first_change, "the new files, then the line that commits"
+    (journal_end,) = places("remove", of=[JOURNAL])
+    in_place = [at for at in places("sync", of=["out"]) if at < journal_end]
+    assert max(places("rename")) < max(in_place, default=-1), "all is in place before the journal goes"
+    (work_end,) = places("remove", of=[WORK])
+    assert journal_end < work_end < max(places("sync", of=["out"])), "a folder that is done stays done"
+    assert work_end < max(places("sync", of=[tmp_path.name])), "nor is the folder itself lost"
 
 
 def test_not_empty(tmp_path: Path) -> None:
