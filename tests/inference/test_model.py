@@ -181,6 +181,21 @@ def test_observer_sees_what_transformers_linears_see(reader):
                 torch.testing.assert_close(found, inner, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_decides_in_fp32_whatever_the_rest_is(dtype):
+    """In 16 bits near ties would go to other experts."""
+    reader = random_reader(SHAPES["top3"], seed=1)
+    x = torch.randn(4000, reader.config.hidden_size, generator=torch.Generator().manual_seed(2)).to(dtype)
+    router = reader.read(Slot(Role.ROUTER, 0))
+    expected, chosen = (x.double() @ router.double().T).softmax(-1).topk(3)
+    weights, experts = Layer.load(reader, 0, CPU, dtype).route(x)
+    assert weights.dtype == torch.float32
+    assert torch.equal(experts, chosen)
+    torch.testing.assert_close(weights.double(), expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=0)
+    rounded = (x @ router.to(dtype).T).float().topk(3).indices
+    assert not torch.equal(rounded, chosen)
+
+
 def test_a_layer_refilled_is_the_other_layer(reader):
     layer = Layer.load(reader, 0, CPU, torch.float32)
     memory = layer.gate_up.data_ptr()
