@@ -175,6 +175,24 @@ def test_edits_of_one_layer_are_judged_together():
     assert change.mean() <= min(row.best.delta_nll for row in helping) + 2e-5
 
 
+def test_of_a_layers_edits_the_best_prefix_stays():
+    """Three help alone, and the first is best without the others: judged here by transformers."""
+    slots = [O1, *(Slot(role, 1) for role in (Role.Q, Role.K, Role.V))]
+    reader, (text, _) = planted(), texts()
+    result = run(reader, slots, rank_rules=("mp", "rho=0.6", "rho=0.8", "rho=0.9"), max_error=1.0, margin=0.0)
+    helping = [row for row in result.rows if row.best and row.best.delta_nll < 0]
+    helping.sort(key=lambda row: row.best.delta_nll)
+    tensors, changes = {slot: reader.read(slot) for slot in reader.slots()}, []
+    before = sequence_nll(reader, text).mean()
+    for row in helping:
+        tensors[row.slot] = truncated(tensors[row.slot], row.best.rank)
+        changes.append(sequence_nll(MemoryReader(reader.config, tensors), text).mean() - before)
+    best = int(np.argmin(changes))
+    assert best + 1 < len(helping) and max(changes) < 0  # the others still help: what they cost must be seen
+    assert result.edits == {row.slot: row.best.rank for row in helping[: best + 1]}
+    assert sum("not beside" in row.why for row in result.rows) == len(helping) - best - 1
+
+
 # --- what must not change a figure ---
 
 
