@@ -193,6 +193,16 @@ def test_of_a_layers_edits_the_best_prefix_stays():
     assert sum("not beside" in row.why for row in result.rows) == len(helping) - best - 1
 
 
+@pytest.mark.parametrize(("method", "kept"), [("gain", False), ("laserrmt", True)])
+def test_an_edit_that_changes_nothing(method, kept):
+    """No gain, and no rise either: LaserRMT keeps what leaves perplexity as it was."""
+    reader = weights({DOWN1: torch.zeros_like(read_nano().read(DOWN1))})  # what this expert's w3 gives is lost
+    up = Slot(Role.UP, 1, DOWN1.expert)
+    (row,) = run(reader, [up], method=method, rank_rules=("laserrmt",), max_error=1.0, margin=0.0).rows
+    assert [trial.delta_nll for trial in row.trials] == [0.0]
+    assert row.accepted is kept
+
+
 # --- what must not change a figure ---
 
 
