@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import errors as errors
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # for readers of types; at run time __getattr__ finds them, and every method of methods/ besides
