@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import random
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,30 +82,24 @@ def test_no_more_than_the_window_waits(file: int, window: int, monkeypatch: pyte
 
 @linux
 def test_pages_leave_the_memory(file: int) -> None:
-    """On a disk that is busy with others' writes it may take longer; what never leaves fails every time."""
-    limit = 30 * PIECE / 4096
-    for attempt in range(6):
-        time.sleep(0.3 * attempt)
-        if (held := _held_after_writing(file)) < limit:
-            return
-    pytest.fail(f"{held} of {60 * PIECE // 4096} pages stay in memory")
-
-
-def _held_after_writing(file: int) -> int:
-    """Pages of all but the newest pieces that are still in memory."""
     behind = WriteBehind(file)
     for number in range(64):
         behind.write(memoryview(bytes(PIECE)), number * PIECE)
-    buffer = bytearray(1)
-    held = 0
-    for page in range(0, 60 * PIECE, 4096):
-        try:
-            held += os.preadv(file, [buffer], page, os.RWF_NOWAIT)  # of what is in memory only
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            pytest.skip(f"this file system does not tell ({error.strerror})")
-    return held
+    assert _in_memory(file, 60 * PIECE) < 30 * PIECE / 4096
+
+
+def _in_memory(file: int, size: int) -> int:
+    """Pages of the file's first bytes that are in memory, by mincore(2): to read them would fetch the next ones."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(3 * [ctypes.c_int]), ctypes.c_int64)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+    there = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+    assert libc.mincore(address, size, there) == 0, os.strerror(ctypes.get_errno())
+    libc.munmap(address, size)
+    return sum(page & 1 for page in there.raw)
 
 
 @linux
