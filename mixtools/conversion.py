@@ -66,7 +66,11 @@ class Changes:
         cls, slots: Iterable[Slot], encode: Callable[[Slot], Packed], formats: Mapping[Slot, Format] | None = None
     ) -> Changes:
         """Of a method whose unit is one matrix."""
-        works = [Work((slot,), lambda _, slot=slot: [encode(slot)]) for slot in slots]  # type: ignore[misc]
+
+        def work(slot: Slot) -> Work:
+            return Work((slot,), lambda _: [encode(slot)])
+
+        works = [work(slot) for slot in slots]
         return cls(formats or {}, lambda _: works)
 
 

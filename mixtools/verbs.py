@@ -89,7 +89,10 @@ class Result:
     """
 
     notes: tuple[str, ...] = ()
-    exit_code: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return 0
 
     @property
     def document(self) -> dict[str, Any]:

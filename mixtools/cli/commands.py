@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def command(verb: Verb, how: Call = call) -> Callable[..., int]:
         for one in verb.parameters.values()
     ]
     parameters += [inspect.Parameter(name, kind, annotation=hint, default=False) for name, hint in _SHARED.items()]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any callable may have one
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__, run.__name__ = verb.help, verb.function.__name__
     return run
@@ -46,7 +47,7 @@ def command(verb: Verb, how: Call = call) -> Callable[..., int]:
 def _hint(parameter: Parameter) -> Any:
     """The annotation by which typer knows it."""
     about = parameter.option
-    kind: Any = list[parameter.type] if parameter.many else parameter.type  # type: ignore[name-defined]
+    kind: Any = types.GenericAlias(list, parameter.type) if parameter.many else parameter.type
     kind = kind | None if not parameter.required and parameter.default is None else kind
     text, metavar = about.help or None, about.metavar or None
     if about.argument:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +82,52 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert done.returncode == 0
     assert "Usage: mixtools" in done.stdout
     assert command == ["convert"] or "Example: mixtools" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("group", "lists"), [([], "convert"), (["convert"], "torrent-to-hf"), (["recipe"], "validate")]
+)
+def test_a_group_alone_is_its_help(group: list[str], lists: str) -> None:
+    """The first thing that a newcomer types."""
+    alone, asked = run(*group), run(*group, "--help")
+    assert alone.stdout == asked.stdout and alone.stdout.startswith(f"Usage: {' '.join(['mixtools', *group])} ")
+    assert re.search(rf"^  {lists} ", alone.stdout, re.M)
+    assert alone.stderr == "" and alone.returncode in (0, 2)
+
+
+def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
+    assert run("convrt").stderr == "error: No such command 'convrt'. Did you mean 'convert'? Try: mixtools --help\n"
+    assert run("convert", "tohf").stderr.endswith("Try: mixtools convert --help\n")
+    assert run("inspect").stderr == "error: Missing argument 'MODEL'. Try: mixtools inspect --help\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("con", {"convert"}),
+        ("convert ", {"to-hf", "torrent-to-hf", "hf-to-torrent"}),
+        ("laser --rank", {"--rank-rule"}),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: set[str]) -> None:
+    words = f"mixtools {typed}"
+    asked = {"_MIXTOOLS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", "from mixtools.cli.main import main; main()"],
+        capture_output=True, text=True, check=True, env={**os.environ, **asked},
+    )  # fmt: skip
+    assert set(done.stdout.split()) == offered
+
+
+def test_completion_is_installed_on_request(tmp_path: Path) -> None:
+    done = run("--install-completion", "bash", env={**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"})
+    assert done.returncode == 0, done.stderr
+    (script,) = [path for path in tmp_path.rglob("*") if path.is_file() and "mixtools" in path.name]
+    assert "_MIXTOOLS_COMPLETE" in script.read_text()
+
+
+def test_the_package_s_page_is_the_readme() -> None:
+    assert "## In Python" in str(importlib.metadata.metadata("mixtools").get_payload())
 
 
 def test_errors_are_one_line_and_an_exit_code(tmp_path: Path, hf: Path) -> None:
