@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import torch
 
 from ..config import MixtralConfig
 from ..errors import MemoryBudgetError
 from ..layouts.reader import Reader
-from ..names import Slot, layer_slots
+from ..names import Role, Slot, layer_slots
+from . import products
 
 HALF = 2  # bytes of a weight in bf16 or fp16
 
@@ -47,3 +51,49 @@ def check(reader: Reader, itemsize: int, max_memory: int | None) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Upper bounds in bytes of a run a layer at a time; see the test that counts what is really allocated."""
+
+    embed: int  # the table, and the stored tensor it comes from
+    layer: int  # one layer's weights
+    aside: int  # beside the layers: stored tensors on their way, and the products' own room
+    row: int  # hidden state of one token
+    token: int  # activations of one token in a layer
+    head: int
+    logits: int  # one row of logits and what is made of it
+
+    @classmethod
+    def of(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Needs:
+        config, size = reader.config, dtype.itemsize
+        d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        stored = max(stored_bytes(reader, slot) for slot in layer_slots(0, config.num_experts))
+        ends = max(stored_bytes(reader, Slot(role)) for role in (Role.EMBED, Role.HEAD))
+        # twice: a layout that permutes or transposes holds the tensor before and after
+        table = v * d * size + 2 * ends
+        # wide = fp32: norm and its square; rotary halves, products and their join
+        attention = size * (2 * d + 3 * heads) + 4 * max(3 * d, 3 * heads)
+        # every token may go to one expert: gate and up, silu, product; the sum is fp32
+        experts = size * (3 * d + 4 * f) + 4 * 3 * d
+        shapes = ((2 * f, d), (d, f), (heads, d), (d, config.num_heads * config.head_dim))
+        widened = device.type == "cpu" and not products.native(dtype)
+        return cls(
+            embed=table,
+            layer=layer_bytes(config, size) + 4 * config.num_experts * d,
+            row=d * size,
+            aside=2 * stored + 2 * f * d * size + max(map(products.block_bytes, shapes)),
+            token=size * 3 * d + max(attention, experts) + widened * max(map(products.token_bytes, shapes)),
+            head=table + products.block_bytes((v, d)),
+            logits=4 * (5 * v + 3 * d) + products.token_bytes((v, d)),
+        )
+
+    def layers(self, count: int) -> int:
+        return count * self.layer + self.aside
+
+    def peak(self, layers: int, pass_tokens: int, logit_rows: int) -> int:
+        """Everything but the states between layers: the largest of a run's three parts."""
+        running = self.layers(layers) + self.token * pass_tokens
+        return max(self.embed + self.row * pass_tokens, running, self.head + self.logits * logit_rows)

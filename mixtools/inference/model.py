@@ -21,11 +21,9 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..errors import TensorError
 from ..layouts.reader import Reader
-from ..names import Role, Slot, layer_slots
+from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
-from . import budget, host
-
-HEAD_ROWS = 1024  # rows of the vocabulary that are widened to fp32 at a time
+from . import budget, host, products
 
 
 class Observer(Protocol):
@@ -123,7 +121,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, where: Span) -> Tensor:
 # --- the parts ---------------------------------------------------------------------------------------------------
 
 
-def _fill(weight: Tensor, reader: Reader, slot: Slot) -> None:
+def copy(weight: Tensor, reader: Reader, slot: Slot) -> None:
     """Copy a tensor of the reader over `weight`, casting. Raises TensorError if its shape is another."""
     found = reader.spec(slot).shape
     if found != tuple(weight.shape):
@@ -141,7 +139,7 @@ class Embedding:
     @classmethod
     def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Embedding:
         part = cls(reader.config, device, dtype)
-        _fill(part.table, reader, Slot(Role.EMBED))
+        copy(part.table, reader, Slot(Role.EMBED))
         return part
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -174,7 +172,10 @@ class Layer:
         """Become layer `index`: read its tensors one by one into the memory at hand."""
         self.index = index
         for slot in layer_slots(index, self.config.num_experts):
-            _fill(self.weight(slot), reader, slot)
+            copy(self.weight(slot), reader, slot)
+
+    def need(self, *roles: Role, expert: int | None = None) -> None:
+        """Called before these weights are used: a layer that is still being read waits here (stream.py)."""
 
     def weight(self, slot: Slot) -> Tensor:
         """The live weight of a slot of this layer, a view [out, in] or [D] to read or to copy_ into."""
@@ -195,6 +196,7 @@ class Layer:
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]. Takes about 4 F elements per token of the busiest expert."""
         eps = self.config.rms_norm_eps
+        self.need(Role.ATTENTION_NORM, Role.FFN_NORM)
         x = x + self.attention(rms_norm(x, self.attention_norm, eps), where, cache, observer)
         tokens = rms_norm(x, self.ffn_norm, eps).flatten(0, 1)  # [N, D]
         return x + self.experts(tokens, observer).view_as(x)
@@ -203,10 +205,13 @@ class Layer:
         self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
     ) -> Tensor:
         """[B, T, D] (normalised) -> [B, T, D]."""
+        self.need(*ATTENTION)
         if observer:
             for role in (Role.Q, Role.K, Role.V):
                 observer(Slot(role, self.index), x.flatten(0, 1), None, None)
-        heads = F.linear(x, self.qkv).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)  # [B, H+2G, T, hd]
+        heads = (
+            products.linear(x, self.qkv).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+        )  # [B, H+2G, T, hd]
         q, k, v = torch.split(heads, list(self.heads), dim=1)
         q, k = rotate(q, where), rotate(k, where)
         if cache is not None:
@@ -214,10 +219,11 @@ class Layer:
         mixed = attend(q, k, v, where).transpose(1, 2).flatten(2)  # [B, T, H*hd]
         if observer:
             observer(Slot(Role.O, self.index), mixed.flatten(0, 1), None, None)
-        return F.linear(mixed, self.o)
+        return products.linear(mixed, self.o)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D] -> weights [N, K] fp32, which sum to one, and experts [N, K]: softmax, top K, renormalised."""
+        self.need(Role.ROUTER)
         scores = F.linear(x.float(), self.router).softmax(-1)  # [N, E]
         weights, experts = scores.topk(self.config.experts_per_token, dim=-1)
         return weights / weights.sum(-1, keepdim=True), experts
@@ -235,14 +241,15 @@ class Layer:
 
     def expert(self, expert: int, x: Tensor, tokens: Tensor, weights: Tensor, observer: Observer | None) -> Tensor:
         """down(silu(gate(x)) * up(x)) of one expert: [n, D] -> [n, D]."""
+        self.need(*EXPERT, expert=expert)
         if observer:
             observer(Slot(Role.GATE, self.index, expert), x, tokens, weights)
             observer(Slot(Role.UP, self.index, expert), x, tokens, weights)
-        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)  # [n, F] each
+        gate, up = products.linear(x, self.gate_up[expert]).chunk(2, dim=-1)  # [n, F] each
         inner = F.silu(gate) * up
         if observer:
             observer(Slot(Role.DOWN, self.index, expert), inner, tokens, weights)
-        return F.linear(inner, self.down[expert])
+        return products.linear(inner, self.down[expert])
 
 
 def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -274,8 +281,8 @@ class Head:
     @classmethod
     def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Head:
         part = cls(reader.config, device, dtype)
-        _fill(part.norm, reader, Slot(Role.NORM))
-        _fill(part.matrix, reader, Slot(Role.HEAD))
+        copy(part.norm, reader, Slot(Role.NORM))
+        copy(part.matrix, reader, Slot(Role.HEAD))
         return part
 
     def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
@@ -283,16 +290,8 @@ class Head:
         x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         if observer:
             observer(Slot(Role.HEAD), x.flatten(0, -2), None, None)
-        wide = x.float()
-        if self.matrix.dtype == torch.float32:
-            return F.linear(wide, self.matrix)
-        # a product in bf16 would round logits of 20 to steps of 1/8: top-1 becomes a matter of ties
-        logits = host.empty((*x.shape[:-1], len(self.matrix)), x.device, torch.float32)
-        with host.bf16_products(self.matrix):
-            for start in range(0, len(self.matrix), HEAD_ROWS):
-                rows = self.matrix[start : start + HEAD_ROWS]
-                logits[..., start : start + HEAD_ROWS] = F.linear(wide, rows.float())
-        return logits
+        # a product rounded to bf16 would round logits of 20 to steps of 1/8: top-1 becomes a matter of ties
+        return products.linear_fp32(x, self.matrix)
 
     def chunks(self, x: Tensor, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
         """x [N, D] -> (first row, logits [<= rows, V]) until N: never more than `rows` rows of logits at once."""

@@ -30,7 +30,7 @@ from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
 from ..storage.store import CHUNK, Bits
 from . import budget
-from .model import HEAD_ROWS, Embedding, Head, Layer, Observer, Span, span
+from .model import Embedding, Head, Layer, Observer, Span, copy, span
 from .states import States, size
 
 PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
@@ -88,7 +88,7 @@ class Stream:
         `held`: bytes in memory already, that stay there. Raises MemoryBudgetError, which names the least that works, if
         even one layer at a time does not fit.
         """
-        needs = _Needs.of(self.reader, self.device, self.dtype)
+        needs = budget.Needs.of(self.reader, self.device, self.dtype)
         held += self.reserved
         longest, tokens = max(lengths, default=0), sum(lengths)
         states = copies * tokens * self.config.hidden_size * self.dtype.itemsize
@@ -163,22 +163,30 @@ class Stream:
         return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
 
     def layers(self, first: int, stop: int, *, double: bool = True) -> Iterator[Layer]:
-        """Layers first .. stop-1, filled. Each is valid until the next is asked for.
+        """Layers first .. stop-1. Each is valid until the next is asked for.
 
-        With `double`, the next one is read meanwhile, on a thread of its own, into a second layer's memory.
+        They are read on a thread of their own, a tensor at a time in the order in which they are needed: a layer runs
+        as soon as its first tensors are there. With `double`, the next one is read meanwhile into a second layer's
+        memory. What reading raises is raised where the tensor is needed, at the latest when the next layer is asked
+        for.
         """
         if first >= stop:
             return
-        spare = [Layer(self.config, first, self.device, self.dtype) for _ in range(2 if double else 1)]
-        with ThreadPoolExecutor(1, "mixtools-reader") as reader:
-            coming: Future[Layer] = reader.submit(fill, spare[0], self.reader, first)
-            for index in range(first, stop):
-                layer = coming.result()
-                if double and index + 1 < stop:
-                    coming = reader.submit(fill, spare[(index + 1 - first) % 2], self.reader, index + 1)
-                yield layer
-                if not double and index + 1 < stop:
-                    coming = reader.submit(fill, spare[0], self.reader, index + 1)
+        count = min(2 if double else 1, stop - first)
+        spare = [Arriving(self.config, first, self.device, self.dtype) for _ in range(count)]
+        with ThreadPoolExecutor(1, "mixtools-reader") as pool:
+            try:
+                spare[0].read_ahead(self.reader, first, pool)
+                for index in range(first, stop):
+                    layer, following = spare[(index - first) % count], spare[(index + 1 - first) % count]
+                    if count == 2 and index + 1 < stop:
+                        following.read_ahead(self.reader, index + 1, pool)
+                    yield layer
+                    layer.finish()
+                    if count == 1 and index + 1 < stop:
+                        following.read_ahead(self.reader, index + 1, pool)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def through(
         self,
@@ -230,27 +238,61 @@ class Blocks(Protocol):
     def blocks(self, slot: Slot, max_bytes: int) -> Iterator[Bits]: ...
 
 
-def fill(layer: Layer, reader: Reader, index: int) -> Layer:
-    """Make `layer` the one of that index.
+class Arriving(Layer):
+    """A layer that runs while another thread still reads it: each part waits for the weights that it needs."""
 
-    From a file on a CPU in blocks that stay in the cache on their way into place: half the work of whole tensors, and
-    none of it by torch, whose threads are busy with the layer before.
-    """
-    if not isinstance(reader, Blocks) or layer.down.device.type != "cpu":
-        layer.fill(reader, index)
-        return layer
+    coming: dict[Slot, Future[None]]
+
+    def read_ahead(self, reader: Reader, index: int, pool: ThreadPoolExecutor) -> None:
+        """Become layer `index`, tensor by tensor on the pool's one thread; returns at once."""
+        self.index = index
+        self.coming = {
+            slot: pool.submit(_fill, self, reader, slot) for slot in layer_slots(index, self.config.num_experts)
+        }
+
+    def need(self, *roles: Role, expert: int | None = None) -> None:
+        """Wait until these are there. Raises what reading them raised."""
+        for role in roles:
+            self.coming[Slot(role, self.index, expert)].result()
+
+    def weight(self, slot: Slot) -> Tensor:
+        """As Layer.weight, once it is there."""
+        self.need(slot.role, expert=slot.expert)
+        return super().weight(slot)
+
+    def finish(self) -> None:
+        """Wait for all. Raises what reading raised, also of a tensor that nobody needed."""
+        for reading in self.coming.values():
+            reading.result()
+
+
+def fill(layer: Layer, reader: Reader, index: int) -> Layer:
+    """Make `layer` the one of that index."""
     layer.index = index
     for slot in layer_slots(index, layer.config.num_experts):
-        weight, spec = layer.weight(slot), reader.spec(slot)
-        if spec.dtype.torch() != weight.dtype:
-            weight.copy_(reader.read(slot))
-            continue
-        rows = weight.view(torch.uint8).numpy().reshape(-1, weight.shape[-1] * spec.dtype.itemsize)
-        at = 0
-        for block in reader.blocks(slot, CHUNK):
-            rows[at : at + len(block)] = block.view(np.uint8)
-            at += len(block)
+        _fill(layer, reader, slot)
     return layer
+
+
+def _fill(layer: Layer, reader: Reader, slot: Slot) -> None:
+    """Read one tensor of `layer` into place.
+
+    From a file on a CPU in blocks that stay in the cache on their way: half the work of a whole tensor, and none of
+    it by torch, whose threads are busy with what is there already.
+    """
+    weight = Layer.weight(layer, slot)  # its place: an arriving layer's own would wait for what is done here
+    if not isinstance(reader, Blocks) or layer.down.device.type != "cpu":
+        copy(weight, reader, slot)
+        return
+    spec = reader.spec(slot)
+    if spec.dtype.torch() != weight.dtype:
+        weight.copy_(reader.read(slot))
+        return
+    rows = weight.view(torch.uint8).numpy().reshape(-1, weight.shape[-1] * spec.dtype.itemsize)
+    at = 0
+    for block in reader.blocks(slot, CHUNK):
+        rows[at : at + len(block)] = block.view(np.uint8)
+        at += len(block)
 
 
 def _remarks(plan: Plan, states: States) -> list[str]:
@@ -287,47 +329,3 @@ def check_ids(sequences: Sequence[Tensor], config: MixtralConfig) -> None:
                 "own tokenizer?",
                 expected=f"0 to {config.vocab_size - 1}", found=int(ids[position]),
             )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """Upper bounds in bytes; see the test that counts what is really allocated."""
-
-    embed: int  # the table, and the stored tensor it comes from
-    layer: int  # one layer's weights
-    aside: int  # beside the layers: stored tensors on their way, and the products' own room
-    row: int  # hidden state of one token
-    token: int  # activations of one token in a layer
-    head: int
-    logits: int  # one row of logits and what is made of it
-
-    @classmethod
-    def of(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> _Needs:
-        config, size = reader.config, dtype.itemsize
-        d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        stored = max(budget.stored_bytes(reader, slot) for slot in layer_slots(0, config.num_experts))
-        ends = max(budget.stored_bytes(reader, Slot(role)) for role in (Role.EMBED, Role.HEAD))
-        # twice: a layout that permutes or transposes holds the tensor before and after
-        table = v * d * size + 2 * ends
-        # wide = fp32: norm and its square; rotary halves, products and their join
-        attention = size * (2 * d + 3 * heads) + 4 * max(3 * d, 3 * heads)
-        # every token may go to one expert: gate and up, silu, product; the sum is fp32
-        experts = size * (3 * d + 4 * f) + 4 * 3 * d
-        return cls(
-            embed=table,
-            layer=budget.layer_bytes(config, size) + 4 * config.num_experts * d,
-            row=d * size,
-            aside=2 * stored + 2 * f * d * size,
-            token=size * 3 * d + max(attention, experts),
-            head=table + 4 * HEAD_ROWS * d,
-            logits=4 * (5 * v + 3 * d),
-        )
-
-    def layers(self, count: int) -> int:
-        return count * self.layer + self.aside
-
-    def peak(self, layers: int, pass_tokens: int, logit_rows: int) -> int:
-        """Everything but the states between layers: the largest of a run's three parts."""
-        running = self.layers(layers) + self.token * pass_tokens
-        return max(self.embed + self.row * pass_tokens, running, self.head + self.logits * logit_rows)
