@@ -1,11 +1,16 @@
 """Perplexity of 16 windows of 512 tokens under a model of 8x7B's width, read from disk a layer at a time.
 
-    scripts/make_checkpoint --preset 8x7b --layers 2 --layout torrent MODEL
+    scripts/make_checkpoint --preset 8x7b --layers 4 --layout torrent MODEL
     python scripts/bench/perplexity.py MODEL [--threads N] [--rounds N]
 
 The peer is transformers with the whole model in memory (its loading is not timed), in the same dtype, with the same
 threads, and windows in batches of 1 and of 4 (the better one counts). Each side runs in processes of its own, in turn;
-the best round counts. Memory is the largest resident size of the process; the bound is two layers and 2 GB.
+the best run counts. Memory is the largest resident size of the process; the bound is two layers and 2 GB.
+
+Rates are compared, in tokens a second. On a machine without 16-bit instructions the peer takes 45 minutes a run on one
+thread: --peer-windows 1 gives it the first window only (it reads nothing, so its rate is the same), and --sides
+measures one side, beside what the results hold of the other. results/perplexity-L-layers-N-threads.json tells when,
+where, how often and on which commit each side was measured.
 """
 
 from __future__ import annotations
@@ -16,12 +21,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _bench import write_result
+from _bench import RESULTS, machine, write_result
 
 from mixtools.checking import perplexity
+from mixtools.inference import products
 from mixtools.inference.budget import layer_bytes
 from mixtools.inference.stream import Stream, peak_memory_bytes
 from mixtools.layouts.checkpoint import Checkpoint
@@ -32,22 +39,24 @@ WINDOWS, CTX = 16, 512
 ROOM = 2_000_000_000
 
 
-def windows(vocab: int) -> perplexity.Windows:
+def windows(vocab: int, count: int) -> perplexity.Windows:
+    """The first `count` of the 16."""
     ids = torch.randint(vocab, (WINDOWS * CTX,), generator=torch.Generator().manual_seed(1)).tolist()
-    return perplexity.cut(ids, "gptq", bos_id=1, ctx=CTX)
+    return perplexity.cut(ids, "gptq", bos_id=1, ctx=CTX, max_tokens=count * CTX)
 
 
-def ours(model: Path, rounds: int) -> dict[str, object]:
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Reading included, from opening to the last checksum."""
     seconds, cpu = [], []
-    for _ in range(rounds):
+    for _ in range(options.runs):
         start, busy = time.perf_counter(), time.process_time()
-        checkpoint = open_checkpoint(model)
-        found = perplexity.measure(Stream(checkpoint), windows(checkpoint.config.vocab_size))
+        checkpoint = open_checkpoint(options.model)
+        found = perplexity.measure(Stream(checkpoint), windows(checkpoint.config.vocab_size, options.windows))
         checkpoint.finish()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
-    mean = float(found.nll.mean())
-    return {"seconds": seconds, "cpu_seconds": cpu, "ln_perplexity": mean, "peak_memory_bytes": peak_memory_bytes()}
+    way = "native" if products.native(torch.bfloat16) else "widened"
+    return {"products": f"bf16, {way}", "seconds": seconds, "cpu_seconds": cpu, "nll_by_window": found.by_window()}
 
 
 def held_in_memory(reader: Checkpoint) -> torch.nn.Module:
@@ -81,67 +90,108 @@ def held_in_memory(reader: Checkpoint) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def theirs(model: Path, rounds: int) -> dict[str, object]:
-    checkpoint = open_checkpoint(model)
+def theirs(options: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = open_checkpoint(options.model)
     loaded = held_in_memory(checkpoint)
-    sequences = torch.stack(windows(checkpoint.config.vocab_size).sequences)
-    seconds: dict[int, list[float]] = {1: [], 4: []}
-    cpu: dict[int, list[float]] = {1: [], 4: []}
-    for _ in range(rounds):
-        for batch, spent in seconds.items():
-            start, busy, total = time.perf_counter(), time.process_time(), 0.0
+    sequences = torch.stack(windows(checkpoint.config.vocab_size, options.peer_windows).sequences)
+    batches = [batch for batch in (1, 4) if batch <= len(sequences)]
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    cpu: dict[int, list[float]] = {batch: [] for batch in batches}
+    for _ in range(options.runs):
+        for batch in batches:
+            start, busy, nll = time.perf_counter(), time.process_time(), []
             for ids in sequences.split(batch):
                 logits = loaded(ids, use_cache=False).logits[:, :-1].float()
-                total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-            spent.append(time.perf_counter() - start)
+                each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+                nll += each.view(len(ids), -1).double().mean(1).tolist()
+            seconds[batch].append(time.perf_counter() - start)
             cpu[batch].append(time.process_time() - busy)
     best = min(seconds, key=lambda batch: min(seconds[batch]))
-    mean = total / (sequences.numel() - len(sequences))
+    return {"batch": best, "seconds": seconds[best], "cpu_seconds": cpu[best], "nll_by_window": nll}
+
+
+SIDES = {"ours": ours, "transformers": theirs}
+
+
+def in_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One side's runs, in a process of its own."""
+    given = ("threads", "windows", "peer_windows", "runs")
+    command = [sys.executable, __file__, str(options.model), "--inside", side]
+    command += [part for name in given for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def measured(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """What counts of a side's rounds, where and when, and the rounds themselves."""
+    best = min(second for found in rounds for second in found["seconds"])
     return {
-        "seconds": seconds[best], "cpu_seconds": cpu[best], "batch": best, "ln_perplexity": mean,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "tokens": tokens, "seconds": best, "tokens_per_second": tokens / best,
+        "cpu_seconds": min(second for found in rounds for second in found["cpu_seconds"]),
+        "peak_memory_bytes": max(found["peak_memory_bytes"] for found in rounds),
+        "machine": machine(), "rounds": rounds,
     }  # fmt: skip
 
 
-def in_process(side: str, options: argparse.Namespace) -> dict[str, object]:
-    command = [sys.executable, __file__, str(options.model), "--threads", str(options.threads), "--side", side]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def earlier(name: str, sides: list[str]) -> dict[str, Any]:
+    """The sides that are not measured now, from the results, if this machine measured them."""
+    path = RESULTS / f"{name}.json"
+    held = json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
+    found = {side: held[side] for side in SIDES if side in held and side not in sides}
+    here = machine()
+    return {side: one for side, one in found.items() if one["machine"]["cpu"] == here["cpu"]}
+
+
+def tell(results: dict[str, Any]) -> None:
+    for side in SIDES:
+        if found := results.get(side):
+            print(
+                f"{side:13} {found['tokens']} tokens in {found['seconds']:.1f} s, {found['tokens_per_second']:.1f} a "
+                f"second, CPU {found['cpu_seconds']:.1f} s, {found['peak_memory_bytes'] / 1e9:.2f} GB, ln perplexity "
+                f"of the first window {found['rounds'][0]['nll_by_window'][0]:.5f}"
+            )
+    if "ratio" in results:
+        print(f"ratio {results['ratio']:.2f}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path, help="a checkpoint of 8x7B's width")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {CTX} tokens, at most {WINDOWS}")
+    parser.add_argument("--peer-windows", type=int, help="how many of them the peer gets (default: all)")
+    parser.add_argument("--rounds", type=int, default=2, help="of each side, in turn, each a process of its own")
+    parser.add_argument("--runs", type=int, default=2, help="of each process")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="what to measure now")
+    parser.add_argument("--inside", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.peer_windows = options.peer_windows or options.windows
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path, help="a checkpoint of 8x7B's width and 2 layers")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=2, help="of both sides, in turn; each runs twice")
-    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.side:
-        print(json.dumps({"ours": ours, "theirs": theirs}[options.side](options.model, 2)))
+    options = parse()
+    if options.inside:
+        found = SIDES[options.inside](options)
+        print(json.dumps({**found, "peak_memory_bytes": peak_memory_bytes()}))
         return
-    runs = [(in_process("ours", options), in_process("theirs", options)) for _ in range(options.rounds)]
     config = open_checkpoint(options.model).config
-    best, cpu = (
-        [min(second for run in runs for second in run[side][kind]) for side in (0, 1)]
-        for kind in ("seconds", "cpu_seconds")
-    )
-    peak = max(run[0]["peak_memory_bytes"] for run in runs)
+    name = f"perplexity-{config.num_layers}-layers-{options.threads}-thread{'s'[: options.threads - 1]}"
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    for _ in range(options.rounds):
+        for side, found in rounds.items():
+            found.append(in_process(side, options))
+    tokens = {"ours": options.windows * CTX, "transformers": options.peer_windows * CTX}
+    sides = {side: measured(found, tokens[side]) for side, found in rounds.items()}
     bound = 2 * layer_bytes(config, 2) + ROOM
-    result = {
-        "threads": options.threads, "layers": config.num_layers, "tokens": WINDOWS * CTX,
-        "ours_seconds": best[0], "transformers_seconds": best[1], "ratio": best[1] / best[0],
-        "ours_cpu_seconds": cpu[0], "transformers_cpu_seconds": cpu[1],
-        "peak_memory_bytes": peak, "bound_bytes": bound, "transformers_peak_bytes": runs[0][1]["peak_memory_bytes"],
-        "ln_perplexity": [runs[0][side]["ln_perplexity"] for side in (0, 1)], "rounds": runs,
-    }  # fmt: skip
-    print(
-        f"{WINDOWS}x{CTX} tokens, {config.num_layers} layers, {options.threads} threads   ours {best[0]:.1f} s, "
-        f"{peak / 1e9:.2f} GB of {bound / 1e9:.2f}   transformers {best[1]:.1f} s, in memory   "
-        f"{best[1] / best[0]:.2f}x   CPU {cpu[0]:.1f} s, {cpu[1]:.1f} s"
-    )
-    if peak > bound:
+    results = {"threads": options.threads, "layers": config.num_layers, "bound_bytes": bound}
+    results |= earlier(name, options.sides) | sides
+    if all(side in results for side in SIDES):
+        results["ratio"] = results["ours"]["tokens_per_second"] / results["transformers"]["tokens_per_second"]
+    tell(results)
+    print(write_result(name, results))
+    if "ours" in sides and sides["ours"]["peak_memory_bytes"] > bound:
         raise SystemExit("more memory than two layers and 2 GB")
-    print(write_result("perplexity", result))
 
 
 if __name__ == "__main__":
