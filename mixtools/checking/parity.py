@@ -146,7 +146,9 @@ def compare(
     spilled = any(plan.spilled for plan in plans)
     with source.run(source.embed(sequences, spilled=spilled)) as ours:
         output.reserved = ours.memory_bytes
+        output.inherit(source)
         with output.run(output.embed(sequences, spilled=spilled)) as theirs:
+            output.forget()  # two heads are not in its plan
             both = _Both(source, output, ours, theirs)
             figures = _figures(both, windows) if windows else None
             return figures, _generation(both, forced, sum(map(len, texts))) if forced else None

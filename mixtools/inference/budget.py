@@ -93,7 +93,11 @@ class Needs:
     def layers(self, count: int) -> int:
         return count * self.layer + self.aside
 
-    def peak(self, layers: int, pass_tokens: int, logit_rows: int) -> int:
-        """Everything but the states between layers: the largest of a run's three parts."""
-        running = self.layers(layers) + self.token * pass_tokens
-        return max(self.embed + self.row * pass_tokens, running, self.head + self.logits * logit_rows)
+    def peak(self, layers: int, pass_tokens: int, logit_rows: int, kept: bool = False) -> int:
+        """Everything but the states between layers: the largest of a run's three parts.
+
+        `kept`: the layers stay beside the embedding and the head.
+        """
+        weights, work = self.layers(layers), self.token * pass_tokens
+        ends = max(self.embed + self.row * pass_tokens, self.head + self.logits * logit_rows)
+        return weights + max(work, ends) if kept else max(weights + work, ends)

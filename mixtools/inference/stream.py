@@ -54,6 +54,7 @@ class Plan:
     logit_rows: int
     states_bytes: int
     peak_bytes: int
+    kept: bool = False  # the layers' memory is held after the run, for the next one
 
 
 class Stream:
@@ -68,17 +69,21 @@ class Stream:
         max_memory: int | None = None,
         progress: Progress | None = None,
         spill: Path | None = None,
+        reuse: bool = False,
     ) -> None:
         """`max_memory` bytes for weights, activations and hidden states together; None sets no limit.
 
-        `spill`: the folder of hidden states that do not fit; the system's temporary folder if None.
+        `spill`: the folder of hidden states that do not fit; the system's temporary folder if None. `reuse`: hold the
+        layers' memory from run to run, if there is room for all else beside it; see `forget`.
         """
         self.reader, self.config, self.device, self.dtype = reader, reader.config, torch.device(device), dtype
         self.max_memory, self.progress = max_memory, progress or Silent()
         self.spill = spill or Path(tempfile.gettempdir())
         self.reserved = 0  # bytes of max_memory that the caller has given away
         self.remarks: list[str] = []  # what the last run gave up to stay within the memory allowed
+        self.reuse = reuse
         self._spans: dict[int, Span] = {}
+        self._spare: list[Arriving] = []  # layers' memory that waits for the next run
 
     # --- what fits ---
 
@@ -95,7 +100,8 @@ class Stream:
         target = max(longest, min(tokens, PASS_TOKENS.get(self.device.type, PASS_TOKENS_ACCELERATOR)))
         rows = max(1, min(tokens, LOGIT_ROWS))
         if self.max_memory is None:
-            return Plan(True, False, target, rows, states, held + states + needs.peak(2, target, rows))
+            peak = held + states + needs.peak(2, target, rows, self.reuse)
+            return Plan(True, False, target, rows, states, peak, self.reuse)
         allowed = self.max_memory - held
         least = needs.peak(1, longest, 1)
         if least > allowed:
@@ -109,9 +115,10 @@ class Stream:
         spilled = needs.peak(1 + double, longest, 1) + states > allowed
         free = allowed - (0 if spilled else states)
         target = min(target, max(longest, (free - needs.layers(1 + double)) // needs.token))
+        kept = self.reuse and needs.peak(1 + double, target, rows, kept=True) <= free
         rows = min(rows, max(1, (free - needs.head) // needs.logits))
-        peak = needs.peak(1 + double, target, rows) + (0 if spilled else states)
-        return Plan(double, spilled, target, rows, states, held + peak)
+        peak = needs.peak(1 + double, target, rows, kept) + (0 if spilled else states)
+        return Plan(double, spilled, target, rows, states, held + peak, kept)
 
     # --- the run ---
 
@@ -130,6 +137,8 @@ class Stream:
         lengths = [len(ids) for ids in sequences]
         plan = self.plan(lengths)
         check_ids(sequences, self.config)
+        if not plan.kept:
+            self.forget()
         states = self._states(lengths, replace(plan, spilled=spilled or plan.spilled))
         embedding = Embedding.load(self.reader, self.device, self.dtype)
         for start, ids in zip(states.starts, sequences, strict=False):
@@ -153,7 +162,7 @@ class Stream:
                     target.write(start, states.rows(start, min(start + plan.pass_tokens, states.tokens)))
         self.remarks = _remarks(plan, target)
         self.progress.start("; ".join(["layers", *self.remarks]), states.tokens * max(0, stop - states.layer), "tok")
-        for layer in self.layers(states.layer, stop, double=plan.double):
+        for layer in self.layers(states.layer, stop, double=plan.double, reuse=plan.kept):
             self.through(layer, source, into=target, observer=observer, pass_tokens=plan.pass_tokens)
             source, target.layer = target, layer.index + 1
         self.progress.finish()
@@ -162,18 +171,20 @@ class Stream:
     def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
         return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
 
-    def layers(self, first: int, stop: int, *, double: bool = True) -> Iterator[Layer]:
+    def layers(self, first: int, stop: int, *, double: bool = True, reuse: bool = False) -> Iterator[Layer]:
         """Layers first .. stop-1. Each is valid until the next is asked for.
 
         They are read on a thread of their own, a tensor at a time in the order in which they are needed: a layer runs
         as soon as its first tensors are there. With `double`, the next one is read meanwhile into a second layer's
         memory. What reading raises is raised where the tensor is needed, at the latest when the next layer is asked
-        for.
+        for. With `reuse`, their memory stays for the next call (a plan says whether it fits).
         """
         if first >= stop:
             return
         count = min(2 if double else 1, stop - first)
-        spare = [Arriving(self.config, first, self.device, self.dtype) for _ in range(count)]
+        spare, self._spare = self._spare[:count], []
+        while len(spare) < count:
+            spare.append(Arriving(self.config, first, self.device, self.dtype))
         with ThreadPoolExecutor(1, "mixtools-reader") as pool:
             try:
                 spare[0].read_ahead(self.reader, first, pool)
@@ -187,6 +198,17 @@ class Stream:
                         following.read_ahead(self.reader, index + 1, pool)
             finally:
                 pool.shutdown(cancel_futures=True)
+        if reuse:
+            self._spare = spare
+
+    def inherit(self, other: Stream) -> None:
+        """Take over the layers' memory that another stream holds, if it fits this model; it is given back if not."""
+        same = (self.config, self.device, self.dtype) == (other.config, other.device, other.dtype)
+        self._spare, other._spare = other._spare if same else [], []
+
+    def forget(self) -> None:
+        """Give the layers' memory back."""
+        self._spare = []
 
     def through(
         self,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from mixtral_oracle import NANO, SHAPES, of_range, read_nano, transformers_model
-from torch.profiler import ProfilerActivity, profile
+from streaming import allocated, least_memory, some_ids
 
 from mixtools.errors import DiskError, InputError, MemoryBudgetError, TensorError
 from mixtools.inference import host
@@ -37,11 +36,6 @@ class CountingReader:
         self.reads[slot] += 1
         self.threads.add(threading.current_thread().name.partition("_")[0])
         return self.inner.read(slot)
-
-
-def some_ids(vocab: int, *lengths: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(vocab, (length,), generator=generator) for length in lengths]
 
 
 def all_logits(stream: Stream, states: States) -> torch.Tensor:
@@ -94,15 +88,6 @@ def test_each_weight_is_read_once_and_layers_on_a_thread_of_their_own(nano):
     assert reader.threads == {"mixtools-reader", "MainThread"}
 
 
-def allocated(work) -> int:
-    """Peak of what torch allocates during `work`, from the profiler's record of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0, 3.0])
 def test_memory_stays_within_what_is_allowed(nano, dtype, share, tmp_path, monkeypatch):
@@ -129,13 +114,6 @@ def test_memory_stays_within_what_is_allowed(nano, dtype, share, tmp_path, monke
     assert 0.2 * plan.peak_bytes < peak <= plan.peak_bytes
     whole = Mixtral.load(reader, dtype=dtype)(torch.stack(ids)).logsumexp(-1).sum()
     assert found[0] == pytest.approx(float(whole), rel=1e-4)
-
-
-def least_memory(reader: MemoryReader, dtype: torch.dtype, ids: list[torch.Tensor]) -> int:
-    with pytest.raises(MemoryBudgetError, match="even one layer") as error:
-        Stream(reader, dtype=dtype, max_memory=1).plan([len(row) for row in ids])
-    number, unit = str(error.value.found).split()
-    return int(float(number) * {"GB": 1e9, "MB": 1e6}[unit] * 1.01)
 
 
 def test_too_little_memory_is_refused_before_anything_is_read(nano):
