@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError, MixtoolsError, TokenizerError, UsageError
-from ..inference.stream import Stream, peak_memory_bytes
+from ..inference.stream import Stream
+from ..machine import peak_memory
 from ..progress import Progress, Silent
 from ..text.pieces import JSON_FILE, MODEL_FILE
 from ..text.tokenizer import Tokenizer
@@ -131,7 +132,7 @@ def run(
         **(check.figures.document() if check.figures else {}),
         "generation": check.generation.document() if check.generation else None,
         "gates": [gate.document() for gate in judged], "remarks": list(dict.fromkeys(remarks)),
-        "seconds": round(time.perf_counter() - began, 3), "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": round(time.perf_counter() - began, 3), "peak_memory_bytes": peak_memory(),
     }  # fmt: skip
     check.document = _finite(document)
     return check

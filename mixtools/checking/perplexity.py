@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, TensorError, UsageError
-from ..inference.stream import Stream, peak_memory_bytes
+from ..inference.stream import Stream
+from ..machine import peak_memory
 
 _ROWS = 64
 DEFAULT_CTX = {"gptq": 2048, "llamacpp": 512, "hf": 2048}
@@ -86,7 +87,7 @@ class Perplexity:
             "protocol": self.windows.protocol,
             "ctx": self.windows.ctx,
             "seconds": self.seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory(),
             "remarks": list(self.remarks),
         }
 

@@ -10,6 +10,7 @@ import torch
 from ..config import MixtralConfig
 from ..errors import MemoryBudgetError
 from ..layouts.reader import Reader
+from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from . import products
 
@@ -40,17 +41,13 @@ def check(reader: Reader, itemsize: int, max_memory: int | None) -> None:
     halved = config.num_parameters * HALF + largest
     layer = layer_bytes(config, itemsize) + largest
     if halved <= max_memory:
-        advice = f"in bf16 or fp16 it takes {_size(halved)} and fits"
+        advice = f"in bf16 or fp16 it takes {human_bytes(halved)} and fits"
     elif layer <= max_memory:
-        advice = f"one layer at a time takes {_size(layer)} and fits (perplexity and check run so)"
+        advice = f"one layer at a time takes {human_bytes(layer)} and fits (perplexity and check run so)"
     else:
-        advice = f"even one layer at a time takes {_size(layer)}"
+        advice = f"even one layer at a time takes {human_bytes(layer)}"
     message = f"the model at {8 * itemsize} bits a weight exceeds the memory allowed; {advice}"
-    raise MemoryBudgetError(message, expected=f"at most {_size(max_memory)}", found=_size(need))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    raise MemoryBudgetError(message, expected=f"at most {human_bytes(max_memory)}", found=human_bytes(need))
 
 
 @dataclass(frozen=True)

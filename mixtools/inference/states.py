@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DiskError
+from ..machine import human_bytes
 
 _ROOM = 64 << 20  # of the disk, left free beside the file
 _IO_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
@@ -115,7 +116,7 @@ def _unnamed_file(folder: Path, length: int) -> int:
     if free < length + _ROOM:
         raise DiskError(
             "has no room for the hidden states; set TMPDIR to a larger disk, or allow more memory or less text",
-            file=folder, expected=f"{size(length)} free", found=size(free),
+            file=folder, expected=f"{human_bytes(length)} free", found=human_bytes(free),
         )  # fmt: skip
     file, name = tempfile.mkstemp(prefix="mixtools-states-", dir=folder)
     Path(name).unlink()  # nothing to clean up, however the process ends
@@ -128,8 +129,3 @@ def _unnamed_file(folder: Path, length: int) -> int:
         os.close(file)
         raise DiskError(f"cannot hold the hidden states ({error.strerror})", file=folder) from None
     return file
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

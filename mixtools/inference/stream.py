@@ -10,8 +10,6 @@ Sequences are independent; a pass is a run of sequences of one length, so give s
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,22 +24,17 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..errors import InputError, MemoryBudgetError
 from ..layouts.reader import Reader, Spec
+from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
 from ..storage.store import CHUNK, Bits
 from . import budget
 from .model import Embedding, Head, Layer, Observer, Span, copy, span
-from .states import States, size
+from .states import States
 
 PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
 PASS_TOKENS_ACCELERATOR = 8192
 LOGIT_ROWS = 1024  # rows of logits at once; the head is widened to fp32 anew for each such chunk
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)
@@ -106,9 +99,9 @@ class Stream:
         least = needs.peak(1, longest, 1)
         if least > allowed:
             raise MemoryBudgetError(
-                f"even one layer and one sequence of {longest} tokens do not fit; allow {size(least + held)} or more, "
-                "or take a shorter context",
-                expected=f"at most {size(self.max_memory)}", found=size(least + held),
+                f"even one layer and one sequence of {longest} tokens do not fit; allow {human_bytes(least + held)} or "
+                "more, or take a shorter context",
+                expected=f"at most {human_bytes(self.max_memory)}", found=human_bytes(least + held),
             )  # fmt: skip
         # a second layer hides the reading, states in memory save a little traffic: the layer goes first
         double = needs.peak(2, longest, 1) <= allowed
@@ -320,7 +313,9 @@ def _fill(layer: Layer, reader: Reader, slot: Slot) -> None:
 def _remarks(plan: Plan, states: States) -> list[str]:
     remarks = [] if plan.double else ["two layers do not fit in memory: reading and computing take turns"]
     if states.spilled:
-        remarks.append(f"the hidden states do not fit in memory: a temporary file holds {size(plan.states_bytes)}")
+        remarks.append(
+            f"the hidden states do not fit in memory: a temporary file holds {human_bytes(plan.states_bytes)}"
+        )
     return remarks
 
 

@@ -30,9 +30,10 @@ from _bench import RESULTS, machine, write_result
 from mixtools.checking import perplexity
 from mixtools.inference import products
 from mixtools.inference.budget import layer_bytes
-from mixtools.inference.stream import Stream, peak_memory_bytes
+from mixtools.inference.stream import Stream
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
+from mixtools.machine import peak_memory
 from mixtools.names import Role, Slot
 
 WINDOWS, CTX = 16, 512
@@ -173,7 +174,7 @@ def main() -> None:
     options = parse()
     if options.inside:
         found = SIDES[options.inside](options)
-        print(json.dumps({**found, "peak_memory_bytes": peak_memory_bytes()}))
+        print(json.dumps({**found, "peak_memory_bytes": peak_memory()}))
         return
     config = open_checkpoint(options.model).config
     name = f"perplexity-{config.num_layers}-layers-{options.threads}-thread{'s'[: options.threads - 1]}"
