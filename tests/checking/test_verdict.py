@@ -18,7 +18,7 @@ import torch
 from mixtral_oracle import DATA, NANO
 from safetensors.torch import load_file, save_file
 
-from mixtools import conversion
+from mixtools import conversion, job
 from mixtools.checking import gates, judge, report
 from mixtools.cli.main import main
 from mixtools.layouts.detect import open_checkpoint
@@ -75,7 +75,7 @@ def test_only_gates_that_held_pass(sound, asked, judged, verdict):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verdict") / "dense"
-    conversion.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
+    job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), folder)
     return folder
 
 
