@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from ..verbs import Parameter, Verb
 from . import base
 
 Call = Callable[[Verb, dict[str, Any], base.Screen], int]
+_PATHS = ("OUT", "FILE", "DIR")
 _SHARED = {"json": base.Json, "quiet": base.Quiet, "debug": base.Debug}
 
 
@@ -47,7 +49,8 @@ def command(verb: Verb, how: Call = call) -> Callable[..., int]:
 def _hint(parameter: Parameter) -> Any:
     """The annotation by which typer knows it."""
     about = parameter.option
-    kind: Any = types.GenericAlias(list, parameter.type) if parameter.many else parameter.type
+    kind: Any = Path if about.metavar in _PATHS else parameter.type  # shells complete paths
+    kind = types.GenericAlias(list, kind) if parameter.many else kind
     kind = kind | None if not parameter.required and parameter.default is None else kind
     text, metavar = about.help or None, about.metavar or None
     if about.argument:

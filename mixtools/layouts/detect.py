@@ -207,7 +207,8 @@ def _index_problems(
 def _best_layout(family: Family, entries: dict[str, Any], folder: Path) -> Layout:
     """Of the family's layouts the one whose router name is there; quantized names are refused by name."""
     for name in entries:
-        if (method := _QUANTIZED.get(name.rpartition(".")[2])) is not None:
+        suffix = name.rpartition(".")[2]
+        if suffix not in formats.SUFFIXES and (method := _QUANTIZED.get(suffix)) is not None:
             raise QuantizedError(f"is quantized ({method}: {name}); reading it is not supported yet", file=folder)
     routers = [layout.rules[Role.ROUTER].name.format(layer=0) for layout in family.layouts]
     return next(

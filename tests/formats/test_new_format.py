@@ -34,7 +34,8 @@ class RowInt8:
     suffixes: ClassVar[tuple[str, ...]] = ("codes", "scales")
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        return (Part("codes", DType.I8, shape), Part("scales", DType.F32, shape[:1]))
+        codes, scales = self.suffixes
+        return (Part(codes, DType.I8, shape), Part(scales, DType.F32, shape[:1]))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scales = parts
@@ -48,35 +49,64 @@ class RowInt8:
 
     @classmethod
     def detect(cls, stored: Mapping[str, Stored]) -> RowInt8 | None:
-        return cls(DType.BF16) if "codes" in stored else None
+        return cls(DType.BF16) if cls.suffixes[0] in stored else None
 
     @classmethod
     def claims(cls, quantization: Mapping[str, Any]) -> bool:
         return quantization.get("quant_method") == cls.name
 
 
-def encode(weight: Tensor) -> Packed:
+class LikeGptq(RowInt8):
+    """By a suffix that a folder is refused for as long as no format here knows it."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales")
+
+
+def encode(weight: Tensor, kind: type[RowInt8] = RowInt8) -> Packed:
     scales = weight.float().abs().amax(1) / 127
     codes = (weight.float() / scales[:, None]).round().to(torch.int8)
-    return Packed(RowInt8(DType.BF16), (codes, scales))
+    return Packed(kind(DType.BF16), (codes, scales))
+
+
+def known(monkeypatch: pytest.MonkeyPatch, kind: type[RowInt8]) -> None:
+    """As if it stood in the room's list."""
+    suffixes = (*formats.SUFFIXES, *kind.suffixes)
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, kind))
+    monkeypatch.setattr(formats, "SUFFIXES", suffixes)
+    monkeypatch.setattr(readers, "SUFFIXES", suffixes)
+
+
+def write(folder: Path, kind: type[RowInt8]) -> Path:
+    """The experts of a small model in that format, a unit for each expert's three matrices."""
+    source = open_checkpoint(make.write_a(folder / "a", DIMS))
+    experts = [[Slot(role, layer, e) for role in EXPERT] for layer in range(DIMS.layers) for e in range(DIMS.experts)]
+    work = [
+        conversion.Work(tuple(slots), lambda _, slots=slots: (encode(source.read(slot), kind) for slot in slots))
+        for slots in experts
+    ]
+    planned = {slot: kind(DType.BF16) for slots in experts for slot in slots}
+    changes = conversion.Changes(planned, lambda _: work)
+    job.run(conversion.plan_hf(source, conversion.Options(), changes), folder / "q")
+    return folder / "q"
 
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The experts of a small model in that format, a unit for each expert's three matrices."""
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, RowInt8))
-    monkeypatch.setattr(readers, "SUFFIXES", (*formats.SUFFIXES, *RowInt8.suffixes))
-    source = open_checkpoint(make.write_a(tmp_path / "a", DIMS))
-    experts = [[Slot(role, layer, e) for role in EXPERT] for layer in range(DIMS.layers) for e in range(DIMS.experts)]
-    work = [
-        conversion.Work(tuple(slots), lambda _, slots=slots: (encode(source.read(slot)) for slot in slots))
-        for slots in experts
-    ]
-    planned = {slot: RowInt8(DType.BF16) for slots in experts for slot in slots}
-    job.run(
-        conversion.plan_hf(source, conversion.Options(), conversion.Changes(planned, lambda _: work)), tmp_path / "q"
-    )
-    return tmp_path / "q"
+    known(monkeypatch, RowInt8)
+    return write(tmp_path, RowInt8)
+
+
+def test_a_suffix_of_gptq_s_is_read_once_a_format_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        known(patch, LikeGptq)
+        folder = write(tmp_path, LikeGptq)
+        found = open_checkpoint(folder)
+        slot = Slot(EXPERT[0], 0, 0)
+        assert found.format(slot) == LikeGptq(DType.BF16)
+        assert torch.equal(found.read(slot), encode(open_checkpoint(tmp_path / "a").read(slot), LikeGptq).dense)
+    make.write_json(folder / "config.json", DIMS.config())
+    with pytest.raises(LayoutError, match="GPTQ or AWQ"):
+        open_checkpoint(folder)
 
 
 def test_it_is_written_read_and_made_dense_again(written: Path, tmp_path: Path) -> None:
