@@ -175,3 +175,14 @@ def test_what_is_held_is_in_the_plan(dtype, native, share, tmp_path, monkeypatch
 
     assert allocated(work) <= allowed
     assert bool(addresses(stream)) is plan.kept
+
+
+def test_what_no_longer_fits_is_given_back_before_the_next_text_comes_in():
+    reader, short, long = read_nano(), some_ids(2048, 64), some_ids(2048, *[64] * 40)
+    enough = Stream(reader, reuse=True).plan([64]).peak_bytes
+    stream = Stream(reader, max_memory=enough, reuse=True)
+    stream.hidden(short)
+    assert len(addresses(stream)) == 2
+    assert not stream.plan([64] * 40).kept
+    stream.embed(long)
+    assert not addresses(stream)
