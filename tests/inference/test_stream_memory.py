@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from mixtral_oracle import read_nano
+from mixtral_oracle import SHAPES, read_nano
 from streaming import allocated, least_memory, some_ids
 
 from mixtools.errors import TensorError
-from mixtools.inference import host, products
-from mixtools.inference.model import Mixtral
+from mixtools.inference import budget, host, products
+from mixtools.inference.model import Layer, Mixtral, span
 from mixtools.inference.stream import Arriving, Stream
-from mixtools.layouts.memory import MemoryReader
+from mixtools.layouts.memory import MemoryReader, random_reader
 from mixtools.names import Role, Slot, layer_slots
 
 
@@ -186,3 +187,18 @@ def test_what_no_longer_fits_is_given_back_before_the_next_text_comes_in():
     assert not stream.plan([64] * 40).kept
     stream.embed(long)
     assert not addresses(stream)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_pass_takes_what_the_plan_counts_for_its_tokens(native, monkeypatch):
+    """Experts as wide as Mixtral's are, and every token to the same two: what widening takes shows."""
+    monkeypatch.setattr(products, "native", lambda kind: native or kind == torch.float32)
+    config = replace(SHAPES["mqa"], intermediate_size=2048)
+    reader = random_reader(config, seed=1, dtype=torch.bfloat16)
+    needs = budget.Needs.of(reader, torch.device("cpu"), torch.bfloat16)
+    layer = Layer.load(reader, 0, torch.device("cpu"), torch.bfloat16)
+    layer.router.zero_()
+    x = torch.randn(32, 64, config.hidden_size).bfloat16()
+    where = span(config, 64, torch.device("cpu"))
+    peak = allocated(lambda: layer(x, where))
+    assert 0.7 * 2048 * needs.token < peak <= 2048 * needs.token + needs.aside
