@@ -32,9 +32,7 @@ class Spectrum:
     known of them but that bound. Those below `rounding` may be no more than the rounding of the weight to its dtype.
     """
 
-    def __init__(
-        self, shape: tuple[int, int], values: FloatArray, relative_floor: float, rounding: float = 0.0
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], values: FloatArray, relative_floor: float, rounding: float) -> None:
         self.shape = shape
         self.values = values
         self.floor = relative_floor * float(values[0])

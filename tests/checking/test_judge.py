@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mixtral_oracle import DATA, NANO
@@ -274,3 +275,20 @@ def test_histograms_count_every_token(failed):
         assert all(0 <= bar["x"] <= chart["width"] and bar["height"] >= 0 for bar in chart["bars"])
         assert all(0 <= tick["x"] <= chart["width"] for tick in chart["ticks"])
         assert len(chart["ticks"]) >= 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(-12.0, 0.4), (-3.2, 0.1), (-40.0, 2.0), (0.2, 0.9)])
+def test_a_scale_of_powers_has_few_whole_ticks(low, high):
+    ticks = report._ticks(low, high, whole=True)
+    assert len(ticks) <= 8 and all(low <= tick <= high and tick == int(tick) for tick in ticks)
+    assert len(ticks) >= min(4, int(high) - int(low))
+    assert len(set(np.diff(ticks))) <= 1
+
+
+@pytest.mark.parametrize("given", [{"text": NANO / "RELEASE"}, {"prompts": NANO / "RELEASE"}])
+def test_a_text_or_prompts_alone_are_continued(given):
+    continued = {"teacher_forced_agreement", "identical"}
+    assert judge._measured(judge.Options(**given)) >= continued
+    assert not judge._measured(judge.Options(**given, new_tokens=0)) & continued
+    assert judge._measured(judge.Options()) == {"tensors_different"}
+    assert ("kld_mean" in judge._measured(judge.Options(**given))) == ("text" in given)

@@ -368,7 +368,7 @@ def test_ranks_do_not_change_with_scale_transposition_or_order(spelling: str) ->
 )
 def test_shares_are_met_by_the_smallest_rank(values: list[float], share: float) -> None:
     ordered = np.array(sorted(values, reverse=True))
-    found = spectrum.Spectrum((len(values), len(values) + 3), ordered, 0.0)
+    found = spectrum.Spectrum((len(values), len(values) + 3), ordered, 0.0, 0.0)
     estimate = bulk.Bulk.of(found)
     squares = np.square(ordered)
     rank = rules.Energy(share).rank(found, estimate)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -59,3 +61,12 @@ def test_plain_sizes(dtype: DType) -> None:
     assert dtype.nbytes((3, 5)) == torch.zeros(3, 5, dtype=dtype.torch()).nbytes
     assert dtype.nbytes(()) == dtype.word == dtype.itemsize
     assert DType.of(dtype.torch()) is dtype
+
+
+def test_copying_needs_no_torch() -> None:
+    rooms = ("dtypes", "store", "plan", "safetensors", "torchzip", "output", "manifest")
+    code = "import sys; from mixtools.storage import " + ", ".join(rooms)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

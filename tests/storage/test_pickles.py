@@ -254,3 +254,13 @@ def test_mutations_raise_only_our_errors(tmp_path: Path) -> None:
             stop = chance.choice((len(data), chance.randrange(len(data))))
             with contextlib.suppress(errors.FormatError, errors.UnsafeError):
                 pickles.load(bytes(data[:stop]), FILE)
+
+
+@pytest.mark.parametrize("number", [-1, -63, -1000, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1])
+def test_numbers_of_up_to_64_bits_are_read(number: int) -> None:
+    data = pickle.dumps({"x": number}, protocol=2)
+    if -(2**63) <= number < 2**63:
+        assert pickles.load(data, FILE) == {"x": number}
+        return
+    with pytest.raises(errors.FormatError, match="more than 64 bits"):
+        pickles.load(data, FILE)
