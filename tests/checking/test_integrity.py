@@ -241,3 +241,16 @@ def test_a_tensor_that_cannot_be_read_is_a_problem(converted, copy):
     found = integrity.compare(open_checkpoint(converted), open_checkpoint(copy))
     assert [type(problem) for problem in found.problems] == [ChecksumError]
     assert found.identical == len(list(read_nano().slots())) - 1
+
+
+def test_a_fault_s_tensors_are_named_in_the_model_s_order():
+    """Layer 2 before layer 10, whatever their errors."""
+    deep = random_reader(dataclasses.replace(CONFIG, num_layers=12), seed=4)
+    tensors = tensors_of(deep)
+    wrong = [Slot(Role.Q, layer) for layer in (11, 2, 10, 3)]
+    for slot in wrong:
+        heads = tensors[slot].view(-1, 2, CONFIG.head_dim // 2, tensors[slot].shape[1])
+        tensors[slot] = heads.transpose(1, 2).reshape(tensors[slot].shape).contiguous()
+    (problem,) = integrity.compare(deep, MemoryReader(deep.config, tensors)).problems
+    assert problem.tensor == "layers.2.q"
+    assert str(problem).endswith(": layers.2.q, layers.3.q, layers.10.q, layers.11.q")
