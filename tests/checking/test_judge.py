@@ -292,3 +292,9 @@ def test_a_text_or_prompts_alone_are_continued(given):
     assert not judge._measured(judge.Options(**given, new_tokens=0)) & continued
     assert judge._measured(judge.Options()) == {"tensors_different"}
     assert ("kld_mean" in judge._measured(judge.Options(**given))) == ("text" in given)
+
+
+def test_the_tallest_bar_leaves_room_for_a_mark_s_name(failed):
+    for chart in report._histograms(failed.figures):
+        assert min(bar["y"] for bar in chart["bars"]) == 12
+        assert all(abs(bar["y"] + bar["height"] - chart["floor"]) < 0.11 for bar in chart["bars"])

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from storage import small
 
 from mixtools import errors
-from mixtools.storage.output import Output, Region
+from mixtools.storage import plan
+from mixtools.storage.dtypes import DType
+from mixtools.storage.output import WORK, Output, Region
 
 
 def test_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +137,16 @@ def test_folder_closed_to_us(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
     assert list(closed.iterdir()) == []
+
+
+def test_what_a_dropped_run_left_is_gone_before_the_next_writes(tmp_path: Path) -> None:
+    """Not only at the end: its parts may be as large as the disk."""
+    shapes = [("t", DType.U8, (4, 8))]
+    with Output(tmp_path / "out", plan.single_safetensors("first.safetensors", shapes), {"run": 1}):
+        pass
+    work = tmp_path / "out" / WORK
+    assert (work / "first.safetensors").exists()
+    other = plan.single_safetensors("second.safetensors", shapes)
+    with Output(tmp_path / "out", other, {"run": 2}, overwrite=True):
+        assert not (work / "first.safetensors").exists()
+        assert (work / "second.safetensors").exists()

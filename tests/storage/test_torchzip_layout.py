@@ -128,3 +128,10 @@ def test_zipfile_beyond_4_gib_is_read(tmp_path: Path) -> None:
     store = Store(by_name(read_header(Source(path))))
     assert store.entries["tail"].offset > 1 << 32
     assert store.read_rows("tail", 0, 1).view("f4").tobytes() == tail.numpy().tobytes()
+
+
+def test_no_member_has_a_date() -> None:
+    """The first day that a zip can tell: the same bytes whenever they are written."""
+    plan = ZipPlan("x", [("t", DType.F32, (2, 2))])
+    raw = filled(plan, {"t": bytes(16)})
+    assert {member.date_time for member in zipfile.ZipFile(io.BytesIO(raw)).infolist()} == {(1980, 1, 1, 0, 0, 0)}
