@@ -298,3 +298,12 @@ def test_the_tallest_bar_leaves_room_for_a_mark_s_name(failed):
     for chart in report._histograms(failed.figures):
         assert min(bar["y"] for bar in chart["bars"]) == 12
         assert all(abs(bar["y"] + bar["height"] - chart["floor"]) < 0.11 for bar in chart["bars"])
+
+
+@pytest.mark.parametrize("value", [0.0, -7.25, 3.0])
+def test_a_histogram_of_one_value_has_one_bar_in_its_middle(value):
+    chart = report._histogram(np.full(9, value), "{:+.2g}", [("mean", value)])
+    (bar,) = chart["bars"]
+    assert bar["title"].startswith("9 tokens, ")
+    assert abs(bar["x"] + bar["width"] / 2 - chart["width"] / 2) <= bar["width"]
+    assert chart["marks"][0]["x"] == chart["width"] / 2

@@ -225,3 +225,12 @@ def test_prompts_are_read_from_json_and_from_lines(tmp_path: Path):
 def test_nothing_to_compare_compares_nothing():
     reader = random_reader(SHAPES["top1"], seed=1)
     assert parity.compare(stream(reader), stream(reader), None) == (None, None)
+
+
+def test_layer_major_continuations_end_with_the_last_prompt(nano, ids, monkeypatch):
+    """An end that every prompt has reached ends the reading, too."""
+    prompts = [ids[:12], ids[40:60]]
+    free = continuations._layer_major(stream(nano), prompts, 3)
+    monkeypatch.setattr(continuations, "EOS", free[0][1])
+    one = continuations._layer_major(stream(nano), prompts[:1], 9)
+    assert one == [free[0][: free[0].index(free[0][1]) + 1]]

@@ -169,3 +169,12 @@ def test_a_model_with_nan_is_refused(nano, ids):
     tensors[Slot(Role.O, 1)][3, 5] = math.nan
     with pytest.raises(TensorError, match="gives nan from prediction 0 of"):
         ours(MemoryReader(nano.config, tensors), ids, "gptq", ctx=64)
+
+
+@pytest.mark.parametrize(("protocol", "least"), [("gptq", 2), ("llamacpp", 4), ("hf", 2)])
+def test_the_shortest_window_that_predicts(protocol, least):
+    found = perplexity.cut(range(3, 13), protocol, bos_id=1, ctx=least)
+    assert min(found.counts()) >= 1
+    for ctx in range(least):
+        with pytest.raises(UsageError, match="predicts nothing"):
+            perplexity.cut(range(3, 13), protocol, bos_id=1, ctx=ctx)
