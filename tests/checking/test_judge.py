@@ -307,3 +307,14 @@ def test_a_histogram_of_one_value_has_one_bar_in_its_middle(value):
     assert bar["title"].startswith("9 tokens, ")
     assert abs(bar["x"] + bar["width"] / 2 - chart["width"] / 2) <= bar["width"]
     assert chart["marks"][0]["x"] == chart["width"] / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "kld"),
+    [("dense", 1.002, 0.002), ("Q8_0", 1.002, 0.002), ("Q6_K", 1.005, 0.006), ("int8", 1.005, 0.006),
+     ("Q5_K_M", 1.01, 0.012), ("Q4_K_M", 1.03, 0.035), ("gptq", 1.03, 0.035), ("awq", 1.03, 0.035),
+     ("Q3_K_M", 1.08, 0.1)],
+)  # fmt: skip
+def test_default_limits_are_those_around_what_llama_cpp_publishes(kind, ratio, kld):
+    limits = gates.DEFAULTS[kind]
+    assert (limits["ppl_ratio"], limits["kld_mean"]) == (ratio, kld)

@@ -391,7 +391,7 @@ def test_a_rule_reads_its_own_spelling(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "MP", "mp=1", "rank", "rank=", "rank=0", "rank=-3", "rank=2.5", "energy", "energy=0", "energy=1", "energy=x",
-     "energy=nan", "rho=1.5", "activation=-1", "activation=inf", "svd=3"],
+     "energy=nan", "rho=1.5", "activation=1.5", "activation=-1", "activation=inf", "svd=3"],
 )  # fmt: skip
 def test_a_rule_that_there_is_not_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="rank rule"):

@@ -150,3 +150,11 @@ def test_what_a_dropped_run_left_is_gone_before_the_next_writes(tmp_path: Path) 
     with Output(tmp_path / "out", other, {"run": 2}, overwrite=True):
         assert not (work / "first.safetensors").exists()
         assert (work / "second.safetensors").exists()
+
+
+def test_closing_twice_closes_no_file_of_others(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out", small.PLAN, small.KEY)
+    output.close()
+    output.close()
+    with Output(tmp_path / "out", small.PLAN, small.KEY):  # and the lock is free
+        pass

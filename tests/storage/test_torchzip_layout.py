@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from storage import zips
 
+from mixtools.storage import torchzip
 from mixtools.storage.crc import combine
 from mixtools.storage.dtypes import ELEMENTS, DType
 from mixtools.storage.source import Source
@@ -135,3 +137,9 @@ def test_no_member_has_a_date() -> None:
     plan = ZipPlan("x", [("t", DType.F32, (2, 2))])
     raw = filled(plan, {"t": bytes(16)})
     assert {member.date_time for member in zipfile.ZipFile(io.BytesIO(raw)).infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("before", [b"", struct.pack("<2H5x", 0x5455, 5), struct.pack("<2H", 9, 0) * 3])
+def test_the_64_bit_sizes_stand_behind_other_fields_too(before: bytes) -> None:
+    assert torchzip._zip64(before + struct.pack("<2H2Q", 1, 16, 1 << 40, 7)) == [1 << 40, 7]
+    assert torchzip._zip64(before) == []
