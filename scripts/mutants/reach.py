@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -31,7 +32,10 @@ PACKAGES = (
 SLACK = 90  # seconds: for the start, for what lies between two tests, and for each beside ten times what it takes
 TEST = "MUTANTS_TEST"  # the environment's variable that tells a process whose test it works for
 COMMON = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-LATE = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins imported before pytest began
+LATE = [
+    "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins imported before pytest began
+    "-W", "ignore::pytest.PytestUnraisableExceptionWarning",  # what a fork inherits ends when it likes, in any test
+]  # fmt: skip
 
 
 class Collecting:
@@ -112,6 +116,16 @@ def run(listed: Path, out: Path) -> int:
     return pytest.main(arguments, plugins=[Running(tests, out)])
 
 
+def unmount(folder: Path) -> None:
+    """The small disks of tests that were stopped: with one left, the next run's first test could not clear the folder,
+    and would be said to have found a fault.
+    """
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        place = line.split()[1]
+        if place.startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", place], check=False)
+
+
 def serve() -> None:
     """Each time a process that has imported what is not mixtools, which takes longer than most tests do."""
     for name in PACKAGES:
@@ -136,6 +150,7 @@ def serve() -> None:
         status = os.waitpid(child, 0)[1]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what the tests have started
+        unmount(out.with_suffix(".tmp"))
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
