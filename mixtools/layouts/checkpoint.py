@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,13 +28,18 @@ _STRIP = 4  # times `max_bytes`: a transposition is fastest in strips of about 1
 
 @dataclass
 class Checkpoint:
-    """A checkpoint on disk, its matrices in whatever formats. `problems` is empty unless it was opened leniently."""
+    """A checkpoint on disk, its matrices in whatever formats.
+
+    `problems` is empty unless it was opened leniently. `document`: config.json or params.json as it lies there, with
+    all that `config` does not know.
+    """
 
     folder: Path
     layout: Layout
     config: MixtralConfig
     store: Store
     problems: list[MixtoolsError] = field(default_factory=list)
+    document: Mapping[str, Any] = field(default_factory=dict)
 
     def slots(self) -> Iterator[Slot]:
         return self.config.slots()

@@ -86,7 +86,7 @@ def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
     problems += find_problems(folder, layout, config, Store(entries))
     if strict and problems:
         raise problems[0]
-    return Checkpoint(folder, layout, config, Store(entries), problems)
+    return Checkpoint(folder, layout, config, Store(entries), problems, document)
 
 
 def _find_family(path: Path) -> tuple[Path, Family, list[str]]:
