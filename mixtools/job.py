@@ -22,7 +22,7 @@ from .machine import human_bytes, human_time
 from .names import Slot
 from .progress import Progress, Silent
 from .storage import manifest
-from .storage.output import Output, Region
+from .storage.output import Document, Output, Region
 from .storage.plan import Plan
 from .storage.source import Source
 from .storage.store import Bits
@@ -78,8 +78,9 @@ class Job:
 
     `units` gives all that is written, once the output is open and can keep notes. `record`: what decides the bytes, for
     the journal (which fits no other) and the manifest. `documents` are written after the weights, `last` after them;
-    `report` gives, once all weights are written, the documents that tell of them. `missing`: what the output lacks
-    because the source does. `title`: of what is written. `base_bytes`: what the process takes before it does
+    `report` gives, once all weights are written, the documents that tell of them, of the names `reports`. `missing`:
+    what the output lacks because the source does; `not_kept`: what the source has and the output cannot hold; `notes`:
+    what else its user should know. `title`: of what is written. `base_bytes`: what the process takes before it does
     anything; `worker_bytes`: what a thread takes at most beside it.
     """
 
@@ -87,10 +88,13 @@ class Job:
     plan: Plan
     units: Callable[[Output], Sequence[Unit]]
     record: Mapping[str, Any]
-    documents: Mapping[str, bytes]
-    last: Mapping[str, bytes]
+    documents: Mapping[str, Document]
+    last: Mapping[str, Document]
     missing: tuple[str, ...] = ()
+    not_kept: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     report: Callable[[Output], Mapping[str, bytes]] | None = None
+    reports: tuple[str, ...] = ()
     title: str = ""
     label: str = "converting"
     jobs: int | None = None  # threads at most
@@ -108,7 +112,10 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     if job.inputs.folder.resolve() == folder.resolve():
         raise UsageError("the output is the source's own folder; name another", file=folder)
     key = {"mixtools": __version__, **job.record, "source": [file.fingerprint() for file in job.inputs.files]}
-    with Output(folder, job.plan, key, overwrite=how.overwrite, resume=how.resume) as output:
+    names = [*job.documents, *job.last, *job.reports, *ENCLOSED.get(), manifest.NAME]
+    with Output(
+        folder, job.plan, key, names=names, overwrite=how.overwrite, resume=how.resume, progress=how.progress
+    ) as output:
         units = job.units(output)
         for file in job.inputs.files:
             file.read_once()
@@ -120,16 +127,15 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
         write_units(units, output, replace(how, jobs=min(how.jobs, job.jobs or how.jobs)))
         job.inputs.finish(earlier)
         how.progress.finish()
-        output.commit({**job.documents, **_told(job, output)}, job.last)
-    return {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed, "missing": list(job.missing)}
-
-
-def _told(job: Job, output: Output) -> dict[str, bytes]:
-    """The report's documents, what encloses the run, and the manifest."""
-    origin = {"mixtools": __version__, **job.record, "source": job.inputs.about}
-    record = manifest.encode(origin, {file.name: file.size for file in job.plan.files}, output.checksums())
-    report = job.report(output) if job.report else {}
-    return {**report, **ENCLOSED.get(), manifest.NAME: record}
+        report = job.report(output) if job.report else {}
+        origin = {"mixtools": __version__, **job.record, "source": job.inputs.about}
+        checksums = output.checksums()
+        output.commit(
+            {**job.documents, **report, **ENCLOSED.get()}, job.last,
+            lambda files: manifest.encode(origin, files, checksums),
+        )  # fmt: skip
+    done = {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed}
+    return {**done, "missing": list(job.missing), "not_kept": list(job.not_kept)}
 
 
 def told(done: Mapping[str, Any], *, rate: bool = False) -> Iterator[str]:
@@ -140,13 +146,15 @@ def told(done: Mapping[str, Any], *, rate: bool = False) -> Iterator[str]:
     yield f"wrote {done['tensors']} tensors, {size}, in {human_time(seconds)} ({about})"
     if done["resumed_bytes"]:
         yield f"{human_bytes(done['resumed_bytes'])} were there already, from the interrupted run"
-    if done["missing"]:
-        yield lacking(done["missing"])
+    yield from lost(done["missing"], done["not_kept"])
 
 
-def lacking(names: Sequence[str]) -> str:
-    """Said of an output whose source has no tokenizer."""
-    return f"note: the source has no {', '.join(names)}; the output has weights and configuration only"
+def lost(missing: Sequence[str], not_kept: Sequence[str]) -> Iterator[str]:
+    """Said of an output that lacks something, also where no notes are wanted."""
+    if missing:
+        yield f"note: the source has no {', '.join(missing)}; the output has none either"
+    if not_kept:
+        yield f"note: the output cannot hold {', '.join(not_kept)}"
 
 
 def write_units(units: Iterable[Unit], output: Output, how: Run) -> None:

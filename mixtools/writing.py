@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MemoryBudgetError
-from .job import Job, Run, lacking, run, told
+from .job import Job, Run, lost, run, told
 from .layouts.checkpoint import Checkpoint
 from .machine import human_bytes, human_time, peak_memory
 from .storage.store import CHUNK
@@ -22,7 +22,7 @@ _PROBE = 128_000_000  # bytes of the source that are read to know its rate
 @dataclass(frozen=True)
 class Written(Result):
     """An output. `resumed_bytes`: of `bytes`, those that an interrupted run had written. `missing`: documents that the
-    output lacks because the source does.
+    output lacks because the source does; `not_kept`: what the source has and the output cannot hold.
     """
 
     output: Path
@@ -34,14 +34,17 @@ class Written(Result):
     bytes: int
     resumed_bytes: int
     missing: tuple[str, ...]
+    not_kept: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def document(self) -> dict[str, Any]:
         return {
             "output": str(self.output), "layout": self.layout, "files": list(self.files), "tensors": self.tensors,
             "bytes": self.bytes, "resumed_bytes": self.resumed_bytes, "missing": list(self.missing),
+            "not_kept": list(self.not_kept), "notes": list(self.notes),
             "seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes,
         }  # fmt: skip
 
@@ -65,7 +68,8 @@ def write(job: Job, source: Checkpoint, out: Path, how: Run, *, limit: int | Non
         output=out, source=source.folder, title=f"{source.layout.title} -> {job.title}", layout=job.record["layout"],
         files=tuple(file.name for file in job.plan.files), tensors=done["tensors"], bytes=done["bytes"],
         resumed_bytes=done["resumed_bytes"], missing=tuple(done["missing"]),
-        seconds=round(time.monotonic() - began, 3), peak_memory_bytes=peak_memory(),
+        not_kept=tuple(done["not_kept"]), seconds=round(time.monotonic() - began, 3), peak_memory_bytes=peak_memory(),
+        notes=job.notes,
     )  # fmt: skip
 
 
@@ -91,14 +95,14 @@ def _forecast(job: Job, source: Checkpoint, out: Path, jobs: int) -> Forecast:
     document = {
         "dry_run": True, "source": source.layout.name, **job.record,
         "files": {file.name: file.size for file in job.plan.files}, "bytes": size, "tensors": len(job.plan.tensors),
-        "missing": list(job.missing), "peak_memory_bytes": memory, "jobs": jobs, "disk_free_bytes": free,
-        "seconds": seconds,
+        "missing": list(job.missing), "not_kept": list(job.not_kept), "peak_memory_bytes": memory, "jobs": jobs,
+        "disk_free_bytes": free, "seconds": seconds,
     }  # fmt: skip
     said = [
         f"would write {len(job.plan.tensors)} tensors, {human_bytes(size)}, in {len(job.plan.files)} files "
         f"({human_bytes(free)} free)",
         f"memory at most {human_bytes(memory)} with {jobs} threads; about {human_time(seconds)}",
-        *([lacking(job.missing)] if job.missing else []),
+        *lost(job.missing, job.not_kept),
     ]
     return Forecast(size, memory, seconds, document, tuple(said))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ from mixtools import errors, job
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.storage import store, torchzip
-from mixtools.storage.output import JOURNAL, WORK
+from mixtools.storage.output import JOURNAL
+from mixtools.storage.replacing import WORK
 from mixtools.storage.source import Source
 
 
@@ -131,6 +133,7 @@ def test_mutated_sources(tmp_path: Path) -> None:
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from mixtools import conversion, job
 from mixtools.layouts.detect import open_checkpoint
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -201,7 +204,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, monkeypatch: pytest.Monke
         return read_rows(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading, "Event", watched_event)
+        patch.setattr(job, "threading", SimpleNamespace(Event=watched_event))  # no other room's
         patch.setattr(store.Store, "read_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             go(sharded, source, tmp_path / "out")

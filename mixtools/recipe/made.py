@@ -28,7 +28,7 @@ def resolved(recipe: Recipe, steps: Sequence[Step], step: Step, inputs: str) -> 
 
 def is_made(step: Step, inputs: str) -> bool:
     """Whether the step's folder holds, whole, what these options make of these inputs."""
-    from ..storage.output import WORK
+    from ..storage.replacing import WORK
 
     folder = step.folder
     if folder is None or not (folder / NAME).is_file() or (folder / WORK).exists():

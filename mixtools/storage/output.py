@@ -9,31 +9,33 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DiskError, OutputError, OutputExists, OutputLocked
+from ..errors import DiskError, InputError, OutputError, OutputExists, OutputLocked
+from ..progress import Progress, Silent
+from . import manifest, replacing
 from .crc import Ledger
+from .digest import Digest, of_file
 from .plan import FilePlan, Plan
+from .replacing import WORK, Stamp
 from .source import Source
 from .store import CHUNK, Bits, as_bytes
 from .writeback import WriteBehind, write_all
 
-WORK = ".mixtools"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
-# what --overwrite may delete; a folder holding anything else is not ours to empty
-_REPLACEABLE = frozenset(
-    {".safetensors", ".pth", ".pt", ".bin", ".gguf", ".model", ".json"}
-    | {".jinja", ".yaml", ".html", ".csv", ".png", ".md"}
-)
-_REPLACEABLE_NAMES = {"RELEASE", "LICENSE", ".gitattributes"}
+Document = bytes | Path  # what is written, or the file of the source that is copied
+
+_GONE = Stamp(0, 0, 0)  # of a file that a commit has begun to remove
 
 
 class Region(NamedTuple):
@@ -47,18 +49,24 @@ class Output:
     """Use as a context manager; leaving it without `commit` keeps the work folder for a resumed run."""
 
     def __init__(
-        self, folder: Path, plan: Plan, key: Mapping[str, Any], *, overwrite: bool = False, resume: bool = True
-    ) -> None:
+        self, folder: Path, plan: Plan, key: Mapping[str, Any], *, names: Iterable[str] = (), overwrite: bool = False,
+        resume: bool = True, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         """Lock `folder` and prepare it, or continue the run with the same `key` found there.
 
-        Raises OutputExists, OutputLocked or DiskError before anything is written.
+        `names`: of the documents that `commit` will be given, as far as they are known. Raises OutputExists,
+        OutputLocked or DiskError before anything is written.
         """
         self.folder, self.plan, self.work = folder, plan, folder / WORK
-        self.overwrite = overwrite
+        self.overwrite, self.progress = overwrite, progress or Silent()
         self.done: dict[Region, tuple[int, int]] = {}  # -> size, crc
         self.notes: dict[str, Any] = {}  # what was found while writing, for a report at the end
         self._mutex = threading.Lock()
         self._committing = False
+        self._old: dict[str, Stamp] = {}  # what goes when the new is whole
+        self._sealed: dict[str, str] = {}  # SHA-256 of whole files
+        self._hasher = ThreadPoolExecutor(1, "mixtools-digest")
+        self._digests: dict[str, Digest] = {}
         with _DiskErrors(folder):
             expect_free(folder, overwrite)
             self.work.mkdir(parents=True, exist_ok=True)
@@ -68,6 +76,9 @@ class Output:
         try:
             with _DiskErrors(folder):
                 expect_free(folder, overwrite)  # again: until the lock it may have been another's
+                if overwrite and not _is_committing(self.work) and not is_empty(folder):
+                    written = [*(file.name for file in plan.files), *plan.index, *names]
+                    self._old = replacing.replaceable(folder, written, self.progress)
                 self._begin({"plan": _digest(plan), **key}, overwrite, resume)
         except BaseException:
             self.close()
@@ -81,6 +92,9 @@ class Output:
         self.close()
 
     def close(self) -> None:
+        for digest in self._digests.values():
+            digest.stop()
+        self._hasher.shutdown(cancel_futures=True)
         while self._files:
             os.close(self._files.popitem()[1])
         if self._lock >= 0:
@@ -128,39 +142,83 @@ class Output:
             raise OutputError("was never written whole; nothing is committed", file=self.folder, tensor=missing[0])
         return {name: total for name, total in totals.items() if total is not None}
 
-    def commit(self, documents: Mapping[str, bytes], last: Mapping[str, bytes]) -> None:
+    def commit(
+        self, documents: Mapping[str, Document], last: Mapping[str, Document],
+        record: Callable[[Mapping[str, manifest.File]], bytes] | None = None,
+    ) -> None:  # fmt: skip
         """Seal, fsync and rename into place: weights, then `documents`, then `last`, then the index.
 
-        Raises OutputError if a tensor was not written, DiskError if the disk is full.
+        `record` gives the manifest, behind the documents, from what was written. Raises OutputError if a tensor was not
+        written, DiskError if the disk is full, InputError for a document that cannot be copied.
         """
         with _DiskErrors(self.folder):
-            self._seal()
-            small = {**documents, **last, **self.plan.index}
-            for name, data in small.items():
-                _write_durably(self.work / name, data)
+            files = self._seal()
+            after = {**last, **self.plan.index}
+            written = {name: self._place(name, document) for name, document in {**documents, **after}.items()}
+            small = list(documents)
+            if record is not None:
+                self._place(manifest.NAME, record({**files, **written}))
+                small.append(manifest.NAME)
             _sync_folder(self.work)
-            names = [file.name for file in self.plan.files] + list(small)
-            self._append({"committing": True, "overwrite": self.overwrite})
+            names = [*files, *small, *after]
+            folders = sorted({(self.work / name).parent for name in names} - {self.work})
+            for folder in folders:
+                _sync_folder(folder)
+            if self.overwrite and not self._committing:
+                replacing.expect_nothing_lost(self.folder, self._old, names)
+                replacing.expect_unchanged(self.folder, self._old)
+            self._append({"committing": True, "overwrite": self.overwrite, "old": sorted(self._old)})
             os.fsync(self._journal)  # from here on only this line tells that the folder is ours
-            if self.overwrite:
-                _remove_old(self.folder, keep=() if not self._committing else names)
+            # of a commit that goes on, names of the new may be in place
+            replacing.remove(self.folder, self._old.keys() - {*(names if self._committing else ())})
             for name in names:
                 if (self.work / name).exists():
+                    (self.folder / name).parent.mkdir(exist_ok=True)
                     (self.work / name).rename(self.folder / name)
+            for folder in folders:
+                _sync_folder(self.folder / folder.name)
             _sync_folder(self.folder)
             _empty(self.work, but=(JOURNAL,))
             shutil.rmtree(self.work)  # the journal last: a run killed before that goes on, one killed after is done
             _sync_folder(self.folder)
             _sync_folder(self.folder.parent)
 
-    def _seal(self) -> None:
+    def _place(self, name: str, document: Document) -> manifest.File:
+        """Write a document into the work folder, for good."""
+        target = self.work / name
+        target.parent.mkdir(exist_ok=True)
+        if isinstance(document, bytes):
+            _write_durably(target, document)
+            return manifest.File(len(document), hashlib.sha256(document).hexdigest())
+        try:
+            data = document.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", file=document) from None
+        return self._place(name, data)._replace(copied=True)
+
+    def _seal(self) -> dict[str, manifest.File]:
+        """Complete the weight files; size and digest of each."""
         crcs = self.checksums()
+        found = {}
         for file in self.plan.files:
-            if file.name not in self._files:
-                continue  # renamed by the run that was killed while committing
-            for offset, data in file.seal(crcs) if file.seal else ():
-                write_all(self._files[file.name], memoryview(data), offset)
-            os.fsync(self._files[file.name])
+            if file.name in self._files:  # not renamed by a run that was killed while committing
+                for offset, data in file.seal(crcs) if file.seal else ():
+                    write_all(self._files[file.name], memoryview(data), offset)
+                os.fsync(self._files[file.name])
+            if file.name not in self._sealed:
+                self._sealed[file.name] = self._digest_of(file)
+            found[file.name] = manifest.File(file.size, self._sealed[file.name])
+        self._append({"sealed": self._sealed})
+        return found
+
+    def _digest_of(self, file: FilePlan) -> str:
+        if file.name in self._digests:
+            return self._digests[file.name].finish(file.size)
+        path = self.work / file.name
+        self.progress.start(f"hashing {file.name}", file.size)
+        found = of_file(path if path.exists() else self.folder / file.name, self.progress.advance)
+        self.progress.finish()
+        return found
 
     def _begin(self, key: dict[str, Any], overwrite: bool, resume: bool) -> None:
         path = self.work / JOURNAL
@@ -175,11 +233,17 @@ class Output:
         commit = _commit_line(lines)
         self._committing = bool(commit)
         self.overwrite |= bool(commit.get("overwrite"))  # a commit that began to replace goes on replacing
+        self._old |= dict.fromkeys(commit.get("old", ()), _GONE)
+        self._sealed = next((line["sealed"] for line in reversed(lines) if "sealed" in line), {}) if commit else {}
         files = [file for file in self.plan.files if not (self._committing and self._is_moved(file))]
         _expect_room(self.folder, files, self.work)
         for file in files:
-            self._files[file.name] = _open_part(self.work / file.name, file)
-            self._parts[file.name] = WriteBehind(self._files[file.name])
+            handle = self._files[file.name] = _open_part(self.work / file.name, file)
+            digest = None
+            if file.seal is None and file.name not in self._sealed:  # what seals a file changes what lies before
+                digest = self._digests[file.name] = Digest(handle, self._hasher)
+                digest.wrote(0, len(file.head))
+            self._parts[file.name] = WriteBehind(handle, digest)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._files[JOURNAL] = self._journal
         os.ftruncate(self._journal, sum(len(_line(line)) for line in lines))  # what a kill cut off
@@ -204,8 +268,11 @@ class Output:
             if region.start + size > tensor.nbytes:
                 continue
             source = sources.get(tensor.file)
-            if source is None or _crc(source, tensor.offset + region.start, size) == crc:
+            start = tensor.offset + region.start
+            if source is None or _crc(source, start, size) == crc:
                 self.done[region] = (size, crc)
+                if tensor.file in self._digests:
+                    self._digests[tensor.file].wrote(start, start + size)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         data = _line(line)
@@ -232,7 +299,7 @@ class _DiskErrors:
 
 
 def expect_free(folder: Path, overwrite: bool) -> None:
-    """Raises OutputExists where `Output` would: for commands that compute long before they open it."""
+    """Raises OutputExists where `Output` would, as far as a glance tells: for commands that compute long before it."""
     work = folder / WORK
     if not folder.exists():
         return
@@ -240,15 +307,19 @@ def expect_free(folder: Path, overwrite: bool) -> None:
         raise OutputExists("is a file; the output is a folder", file=folder)
     if work.is_symlink():
         raise OutputExists("is a link; what it points to is not ours to empty", file=work)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK)
-    if not names or _is_committing(work):
+    if is_empty(folder) or _is_committing(work):
         return
     if not overwrite:
-        raise OutputExists(f"is not empty ({names[0]}, ...); --overwrite replaces a checkpoint there", file=folder)
-    for name in names:
-        path = folder / name
-        if path.is_dir() or not (path.suffix in _REPLACEABLE or name in _REPLACEABLE_NAMES):
-            raise OutputExists(f"holds {name}, which no checkpoint has; --overwrite leaves it alone", file=folder)
+        name = min(path.name for path in folder.iterdir() if path.name != WORK)
+        raise OutputExists(
+            f"is not empty ({name}, ...); --overwrite replaces an earlier output of mixtools there", file=folder
+        )
+    replacing.expect_output(folder)
+
+
+def is_empty(folder: Path) -> bool:
+    """But for unfinished work."""
+    return all(path.name == WORK for path in folder.iterdir())
 
 
 def _is_committing(work: Path) -> bool:
@@ -256,13 +327,7 @@ def _is_committing(work: Path) -> bool:
 
 
 def _commit_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return next((line for line in lines if "committing" in line), {})
-
-
-def _remove_old(folder: Path, keep: Iterable[str]) -> None:
-    for path in folder.iterdir():
-        if path.name not in (WORK, *keep):
-            path.unlink()
+    return next((line for line in reversed([*lines]) if "committing" in line), {})
 
 
 def _lock(path: Path, folder: Path) -> int:
@@ -333,7 +398,9 @@ def _digest(plan: Plan) -> str:
 
 def _empty(work: Path, but: Iterable[str] = (LOCK,)) -> None:
     for path in work.iterdir():
-        if path.name not in but:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in but:
             path.unlink()
 
 

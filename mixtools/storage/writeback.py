@@ -9,6 +9,8 @@ import sys
 import threading
 from collections import deque
 
+from .digest import Digest, drop
+
 WINDOW = 32 << 20  # bytes of a file that may be on their way; a few blocks of each thread
 _WRITE, _WRITE_AND_WAIT = 2, 7  # of <linux/fs.h>: SYNC_FILE_RANGE_WRITE; that and WAIT_BEFORE and WAIT_AFTER
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ESPIPE)
@@ -23,8 +25,9 @@ class WriteBehind:
     (it takes Linux), pages are written whenever it sees fit.
     """
 
-    def __init__(self, file: int) -> None:
-        self.file = file
+    def __init__(self, file: int, digest: Digest | None = None) -> None:
+        """`digest` is told what was written; pages that it has yet to read stay in memory."""
+        self.file, self.digest = file, digest
         self._lock = threading.Lock()
         self._waiting: deque[tuple[int, int]] = deque()  # offset, size; given to the disk, the oldest first
         self._size = 0
@@ -34,12 +37,15 @@ class WriteBehind:
         """Raises OSError, also for earlier data: what the disk could not take is told here or by fsync, but once."""
         with self._lock:
             write_all(self.file, data, offset)
+        if self.digest is not None:
+            self.digest.wrote(offset, offset + len(data))
         if not self._supported:
             return
         self._sync(offset, len(data), _WRITE)
         for start, size in self._due(offset, len(data)):
             self._sync(start, size, _WRITE_AND_WAIT)
-            os.posix_fadvise(self.file, start, size, os.POSIX_FADV_DONTNEED)
+            if self.digest is None or start + size <= self.digest.position:
+                drop(self.file, start, size)
 
     def _due(self, offset: int, size: int) -> list[tuple[int, int]]:
         with self._lock:

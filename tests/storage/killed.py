@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from small import DOCUMENTS, LAST, PLAN, ZIP, expected, found, write
+from small import DOCUMENTS, LAST, PLAN, ZIP, expected, found, listed, write
 
 from mixtools.errors import OutputExists
-from mixtools.storage.output import JOURNAL, WORK
+from mixtools.storage import manifest
+from mixtools.storage.output import JOURNAL
+from mixtools.storage.replacing import WORK
 
 CALLS = ("pwrite", "write", "fsync", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
-OLD = {"config.json": b"old", "model-00001-of-00009.safetensors": b"old weights", **dict.fromkeys(LAST, b"older")}
+OLD = {"model-00001-of-00009.safetensors": b"old weights", "laser-report.csv": b"", **dict.fromkeys(LAST, b"older")}
+OLD[manifest.NAME] = listed(OLD)
 
 
 def kill_before(call: int) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixtools.storage import manifest
 from mixtools.storage.dtypes import DType
-from mixtools.storage.output import WORK, Output, Region
+from mixtools.storage.output import Output, Region
 from mixtools.storage.plan import Plan, sharded_safetensors, torch_zips
+from mixtools.storage.replacing import WORK
 from mixtools.storage.store import Bits
 
 SHAPES = [("a", DType.BF16, (6, 50)), ("b", DType.F32, (20,)), ("c", DType.F16, (8, 9)), ("d", DType.U8, (3, 700))]
 KEY = {"options": {"dtype": "keep"}, "source": [["x", 1, 2]]}
-DOCUMENTS = {"tokenizer.json": b"{}", "mixtools.json": b"[]\n"}
+DOCUMENTS = {"tokenizer.json": b"{}", "images/x.png": b"\x89PNG"}
 LAST = {"config.json": b'{"a": 1}\n'}
 PLAN = sharded_safetensors(SHAPES, 700)
 ZIP = torch_zips({"x.pth": SHAPES})
@@ -44,8 +48,15 @@ def write(folder: Path, plan: Plan = PLAN, key: dict[str, Any] = KEY, stop: int 
                 return resumed
             if region not in output.done:
                 output.add(region, [rows])
-        output.commit(DOCUMENTS, LAST)
+        output.commit(DOCUMENTS, LAST, lambda files: manifest.encode({}, files, {}))
     return resumed
+
+
+def listed(files: Mapping[str, bytes]) -> bytes:
+    """The manifest of these files."""
+    return manifest.encode(
+        {}, {name: manifest.File(len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()}, {}
+    )
 
 
 def expected(plan: Plan = PLAN) -> dict[str, bytes]:
@@ -57,11 +68,14 @@ def expected(plan: Plan = PLAN) -> dict[str, bytes]:
             files[file.name][offset : offset + len(raw)] = raw
     for name, tensor in plan.tensors.items():
         files[tensor.file][tensor.offset : tensor.offset + tensor.nbytes] = data(name)
-    return {**{name: bytes(raw) for name, raw in files.items()}, **DOCUMENTS, **LAST, **plan.index}
+    weights = {name: bytes(raw) for name, raw in files.items()}
+    record = listed({**weights, **DOCUMENTS, **LAST, **plan.index})
+    return {**weights, **DOCUMENTS, manifest.NAME: record, **LAST, **plan.index}
 
 
 def found(folder: Path) -> dict[str, bytes]:
     """Every file of a folder but those of unfinished work."""
     if not folder.exists():
         return {}
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != WORK}
+    files = (path for path in folder.rglob("*") if path.is_file() and WORK not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -26,7 +26,9 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
     crcs = {name: zlib.crc32(tensor.numpy().tobytes()) for name, tensor in TENSORS.items()}
-    (tmp_path / manifest.NAME).write_bytes(manifest.encode({"mixtools": "0"}, {path.name: path.stat().st_size}, crcs))
+    (tmp_path / manifest.NAME).write_bytes(
+        manifest.encode({"mixtools": "0"}, {path.name: manifest.File(path.stat().st_size, "00")}, crcs)
+    )
     return tmp_path
 
 
@@ -44,9 +46,22 @@ def change(folder: Path, **fields: object) -> None:
 
 
 def test_golden() -> None:
-    assert manifest.encode({"mixtools": "1"}, {"f": 9}, {"t": 0xAB}) == (
-        b'{\n "mixtools": "1",\n "files": {\n  "f": 9\n },\n "crc32": {\n  "t": "000000ab"\n }\n}\n'
-    )
+    files = {"f": manifest.File(9, "ab" * 32), "g": manifest.File(1, "cd" * 32, copied=True)}
+    raw = manifest.encode({"mixtools": "1"}, files, {"t": 0xAB})
+    assert json.loads(raw) == {
+        "mixtools": "1",
+        "files": {"f": {"size": 9, "sha256": "ab" * 32}, "g": {"size": 1, "sha256": "cd" * 32, "copied": True}},
+        "crc32": {"t": "000000ab"},
+    }
+    assert raw.startswith(b'{\n "mixtools": "1",\n "files": {\n  "f": {\n   "size": 9,\n') and raw.endswith(b"}\n")
+
+
+def test_read_back(tmp_path: Path) -> None:
+    files = {"f": manifest.File(9, "ab" * 32), "g": manifest.File(1, "cd" * 32, copied=True)}
+    (tmp_path / manifest.NAME).write_bytes(manifest.encode({}, files, {"t": 0xAB}))
+    assert manifest.load(tmp_path) == {"files": files, "crc32": {"t": 0xAB}}
+    change(tmp_path, files={"f": 9})  # as it was, of weights alone
+    assert manifest.load(tmp_path) == {"files": {"f": manifest.File(9, None)}, "crc32": {"t": 0xAB}}
 
 
 def test_every_flipped_byte(folder: Path) -> None:

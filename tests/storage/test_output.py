@@ -20,16 +20,18 @@ from safetensors import safe_open
 from storage import small
 
 from mixtools import errors
-from mixtools.storage import output
-from mixtools.storage.output import JOURNAL, WORK, Output, Region
+from mixtools.storage import manifest, output
+from mixtools.storage.output import JOURNAL, Output, Region
+from mixtools.storage.replacing import WORK
 
 TREE = Path(__file__).parents[2]
 OLD = {"config.json": b"old", "model-00001-of-00009.safetensors": b"old weights", "README.md": b"# old"}
+OLD |= {"images/old.png": b"old", manifest.NAME: small.listed({**OLD, "images/old.png": b"old"})}
 
 
 def old_checkpoint(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
     for name, raw in OLD.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(raw)
     return folder
 
@@ -74,7 +76,7 @@ def test_modes_follow_umask(tmp_path: Path, umask: int) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
-    for path in (tmp_path / "out").iterdir():
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
@@ -97,7 +99,8 @@ def test_order_of_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "fsync", synchronized)
     small.write(tmp_path)
     weights = [file.name for file in small.PLAN.files]
-    assert order == [*weights, *small.DOCUMENTS, "config.json", "model.safetensors.index.json"]
+    documents = [Path(name).name for name in (*small.DOCUMENTS, manifest.NAME)]
+    assert order == [*weights, *documents, "config.json", "model.safetensors.index.json"]
     assert synced >= {JOURNAL, tmp_path.name, WORK, tmp_path.parent.name}
 
 
@@ -174,27 +177,6 @@ def test_overwrite_keeps_the_old_until_commit(tmp_path: Path) -> None:
     assert small.found(tmp_path) == small.expected()
 
 
-@pytest.mark.parametrize(
-    "name", ["notes.txt", "train.py", ".ssh", "data.csv.gz", "model", "consolidated.00.pth-split0"]
-)
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_overwrite_leaves_foreign_things_alone(tmp_path: Path, name: str, kind: str) -> None:
-    old_checkpoint(tmp_path)
-    path = tmp_path / name
-    path.touch() if kind == "file" else path.mkdir()
-    with pytest.raises(errors.OutputExists, match=name):
-        small.write(tmp_path, overwrite=True)
-    assert path.exists()
-    assert (tmp_path / "config.json").read_bytes() == b"old"
-    assert not (tmp_path / WORK).exists()
-
-
-def test_overwrite_refuses_a_folder_named_like_a_weight(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(errors.OutputExists, match=r"model\.safetensors"):
-        small.write(tmp_path, overwrite=True)
-
-
 LOCKER = """
 import sys
 from pathlib import Path
@@ -262,7 +244,7 @@ def test_threads(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        shared.commit(small.DOCUMENTS, small.LAST)
+        shared.commit(small.DOCUMENTS, small.LAST, lambda files: manifest.encode({}, files, {}))
     assert small.found(tmp_path) == small.expected()
 
 

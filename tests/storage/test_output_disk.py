@@ -17,7 +17,8 @@ from storage import small
 from mixtools import errors
 from mixtools.storage import plan
 from mixtools.storage.dtypes import DType
-from mixtools.storage.output import WORK, Output, Region
+from mixtools.storage.output import Output, Region
+from mixtools.storage.replacing import WORK
 
 
 def test_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
