@@ -7,19 +7,17 @@ A method that makes some matrices anew gives its Changes to `plan_hf`; what it d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from . import documents
 from .config import MixtralConfig
-from .errors import FormatError, InputError, MixtoolsError, TensorError, UnsafeError, UsageError
+from .errors import MixtoolsError, TensorError, UsageError
 from .formats import Format, Packed, Plain
 from .job import BARE, WITH_TORCH, Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
-from .layouts.detect import stays_inside
 from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
@@ -28,11 +26,8 @@ from .storage import plan
 from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
 from .storage.store import CHUNK, Bits, from_tensor, to_tensor
-from .text.pieces import read_model, read_pieces
 
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
-TOKENIZER = "tokenizer.model"
-MAX_DOCUMENT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,11 @@ def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None
     changes = changes or Changes()
     formats = {**_plain(source, options), **changes.formats}
     tensors = stored_tensors(HF, source.config, formats)
-    documents, missing = _hf_documents(source)
-    config = source.config.to_hf(_main_dtype(tensors).torch_name)
-    for format in formats.values():
-        config |= format.fragment()
+    cast_to = DTYPES[options.dtype].torch_name if options.dtype != "keep" else None
+    fragments = (format.fragment() for format in formats.values())
+    beside = documents.for_hf(source, cast_to, _main_dtype(tensors).torch_name, fragments)
     job = _job(source, HF, options, plan_for(HF, tensors, options.max_shard_bytes), Changes(formats, changes.work))
-    return replace(job, documents=documents, last={"config.json": _json(config)}, missing=missing)
+    return replace(job, **vars(beside))
 
 
 def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
@@ -95,11 +89,8 @@ def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> 
     layout = CONSOLIDATED if safetensors else TORRENT
     formats = _plain(source, options)
     tensors = stored_tensors(layout, source.config, formats)
-    model = source.folder / TOKENIZER
-    documents = {TOKENIZER: _tokenizer(model)} if model.is_file() else {}
-    last = {"params.json": _json(source.config.to_params())}
     job = _job(source, layout, options, plan_for(layout, tensors, options.max_shard_bytes), Changes(formats))
-    return replace(job, documents=documents, last=last, missing=() if documents else (TOKENIZER,))
+    return replace(job, **vars(documents.for_torrent(source)))
 
 
 def _plain(source: Checkpoint, options: Options) -> dict[Slot, Format]:
@@ -233,39 +224,3 @@ def stored_tensors(layout: Layout, config: MixtralConfig, formats: Mapping[Slot,
             if known[1] is not dtype:
                 raise TensorError("would join tensors of two dtypes; choose one with --dtype", tensor=name)
     return list(tensors.values())
-
-
-def _hf_documents(source: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Tokenizer files and generation_config.json, and the names of those that the source cannot give."""
-    from .text.tokenizer_files import hf_files
-
-    documents = {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
-    model = source.folder / TOKENIZER
-    if model.is_file():
-        return {**documents, **hf_files(model)}, ()
-    kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    found = {name: _document(source.folder, name) for name in kept if (source.folder / name).is_file()}
-    return {**documents, **found}, () if "tokenizer.json" in found else (TOKENIZER,)
-
-
-def _tokenizer(model: Path) -> bytes:
-    """Its bytes, once they are known to be a tokenizer: a link to some other file must not be published."""
-    data = read_model(model)
-    read_pieces(data, model)
-    return data
-
-
-def _document(folder: Path, name: str) -> bytes:
-    path = folder / name
-    if not stays_inside(folder, path):
-        raise UnsafeError("is a link that leaves the folder; not copied", file=path)
-    try:
-        if (size := path.stat().st_size) > MAX_DOCUMENT:
-            raise FormatError("is too large to be copied", file=path, expected=f"<= {MAX_DOCUMENT} bytes", found=size)
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2) + "\n").encode()

@@ -161,9 +161,9 @@ class Output:
                 small.append(manifest.NAME)
             _sync_folder(self.work)
             names = [*files, *small, *after]
-            folders = sorted({(self.work / name).parent for name in names} - {self.work})
+            folders = sorted({parent for name in names for parent in Path(name).parents if parent.name})
             for folder in folders:
-                _sync_folder(folder)
+                _sync_folder(self.work / folder)
             if self.overwrite and not self._committing:
                 replacing.expect_nothing_lost(self.folder, self._old, names)
                 replacing.expect_unchanged(self.folder, self._old)
@@ -173,10 +173,10 @@ class Output:
             replacing.remove(self.folder, self._old.keys() - {*(names if self._committing else ())})
             for name in names:
                 if (self.work / name).exists():
-                    (self.folder / name).parent.mkdir(exist_ok=True)
+                    (self.folder / name).parent.mkdir(exist_ok=True, parents=True)
                     (self.work / name).rename(self.folder / name)
             for folder in folders:
-                _sync_folder(self.folder / folder.name)
+                _sync_folder(self.folder / folder)
             _sync_folder(self.folder)
             _empty(self.work, but=(JOURNAL,))
             shutil.rmtree(self.work)  # the journal last: a run killed before that goes on, one killed after is done
@@ -186,7 +186,7 @@ class Output:
     def _place(self, name: str, document: Document) -> manifest.File:
         """Write a document into the work folder, for good."""
         target = self.work / name
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(exist_ok=True, parents=True)
         if isinstance(document, bytes):
             _write_durably(target, document)
             return manifest.File(len(document), hashlib.sha256(document).hexdigest())

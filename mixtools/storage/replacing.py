@@ -100,9 +100,10 @@ def remove(folder: Path, names: Collection[str]) -> None:
     """Delete files, those that are still there, and a folder of theirs that holds nothing else."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    for parent in {(folder / name).parent for name in names} - {folder}:
+    parents = {parent for name in names for parent in Path(name).parents if parent.name}
+    for parent in sorted(parents, reverse=True):  # what lies deeper first
         with contextlib.suppress(OSError):  # others' files are in it
-            parent.rmdir()
+            (folder / parent).rmdir()
 
 
 def _listed(folder: Path) -> dict[str, manifest.File]:
@@ -128,11 +129,10 @@ def _listed(folder: Path) -> dict[str, manifest.File]:
 
 
 def _is_there(folder: Path, name: str, file: manifest.File) -> bool:
-    """A file of this name and size, in the folder or in one of its own; a link that took a place was not written."""
-    parts = Path(name).parts
-    if not 1 <= len(parts) <= 2 or ".." in parts or Path(name).is_absolute() or "\0" in name:
+    """A file of this name and size that lies in the folder; a link that took a place was not written."""
+    place = Path(name)
+    if not name or place.is_absolute() or ".." in place.parts or "\0" in name:
         return False
-    path = folder / name
-    return (
-        not path.parent.is_symlink() and not path.is_symlink() and path.is_file() and path.stat().st_size == file.size
-    )
+    ways = [folder / place, *(folder / parent for parent in place.parents if parent.name)]
+    path = ways[0]
+    return not any(way.is_symlink() for way in ways) and path.is_file() and path.stat().st_size == file.size

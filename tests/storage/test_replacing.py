@@ -18,7 +18,7 @@ FIRST = {
     "model-00001-of-00009.safetensors": b"old weights",
     "README.md": b"# old",
     "config.json": b"older",
-    "images/old.png": b"old",
+    "images/of/old.png": b"old",
 }
 
 
@@ -133,18 +133,18 @@ def test_a_damaged_manifest(folder: Path, text: str) -> None:
     refused(folder, "without it --overwrite cannot tell whose the files are")
 
 
-@pytest.mark.parametrize("name", ["../precious", "/PRECIOUS", "..", "linked/precious", "a/b/precious", "x\0y", ""])
+@pytest.mark.parametrize("name", ["../precious", "/PRECIOUS", "..", "linked/precious", "a/../../precious", "x\0y", ""])
 @pytest.mark.parametrize("digest", [True, False], ids=["sha256", "of old"])
 def test_a_manifest_that_lists_what_lies_elsewhere(folder: Path, tmp_path: Path, name: str, digest: bool) -> None:
     """As in a folder from the net. Only what lies in the folder itself can be replaced."""
-    fill(tmp_path, {"precious": b"precious", "elsewhere/precious": b"precious", "out/a/b/precious": b"precious"})
+    fill(tmp_path, {"precious": b"precious", "elsewhere/precious": b"precious"})
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     name = name.replace("/PRECIOUS", str(tmp_path / "precious"))
     document = json.loads((folder / manifest.NAME).read_text())
     document["files"][name] = json.loads(small.listed({name: b"precious"}))["files"][name] if digest else 8
     (folder / manifest.NAME).write_text(json.dumps(document))
     small.write(folder, overwrite=True)
-    for path in ("precious", "elsewhere/precious", "out/a/b/precious"):
+    for path in ("precious", "elsewhere/precious"):
         assert (tmp_path / path).read_bytes() == b"precious"
 
 

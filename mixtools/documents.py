@@ -1,0 +1,264 @@
+"""What lies beside the weights: of a source all that a transformation does not change, in the output as it came.
+
+    source folder ─► carried: every small file that is neither weights nor mixtools' own ─► copied byte for byte
+    config.json ─► hf_config: key for key, and over it what the transformation decides
+    what only the source's layout can hold ─► told (not_kept)
+
+A torrent has no config.json and no tokenizer.json: those are made (config.to_hf, text.tokenizer_files).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from . import formats
+from .config import load_json
+from .errors import ConfigError, TokenizerError
+from .layouts.checkpoint import Checkpoint
+from .storage.output import Document
+from .text.pieces import read_model, read_pieces, sentencepiece_encoder
+
+TOKENIZER = "tokenizer.model"
+MAX_DOCUMENT = 64 << 20  # bytes of a file that is carried over; the largest tokenizer.json has 17 MB
+_MAX_JSON = 16 << 20
+
+_WEIGHTS = re.compile(  # and what training leaves behind
+    r".*\.(safetensors|bin|pth|pt|gguf|ggml|ggmf|h5|msgpack|onnx|ot|ckpt|pkl|pickle|incomplete|part|lock)"
+    r"|.*\.(safetensors|bin)\.index\.json|.*\.pth-split\d+"
+)
+_OURS = re.compile(r"mixtools(-check)?\.json|recipe\.yaml|laser-report\..*")  # they tell of other bytes
+_TORRENT = frozenset({"params.json", "RELEASE"})
+_TOKENIZER_MODELS = re.compile(r"tokenizer\.model(\.v\d+.*)?")
+_HF = frozenset(
+    {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    | {"added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"}
+)
+_IMAGE = re.compile(r"[^\s()\[\]\"'<>]+?\.(?:png|jpe?g|gif|webp|svg|avif)", re.IGNORECASE)
+_V5_TOKENIZER_CLASS = "TokenizersBackend"  # transformers 4 knows no such class
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Of an output: files written after the weights, and those after them; what it lacks, and what else to say."""
+
+    documents: Mapping[str, Document]
+    last: Mapping[str, Document]
+    missing: tuple[str, ...] = ()
+    not_kept: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def is_hf(source: Checkpoint) -> bool:
+    """Whether its configuration is a config.json."""
+    return source.layout.letter in "DEF"
+
+
+# --- an output of Hugging Face's layout ---
+
+
+def for_hf(
+    source: Checkpoint, dtype: str | None, torch_dtype: str, fragments: Iterable[Mapping[str, Any]]
+) -> Documents:
+    """`dtype`: what the weights were cast to, None where they were kept; `torch_dtype`: what most of them are.
+
+    `fragments`: what the formats of the weights add to the configuration. Raises TokenizerError, ConfigError or
+    InputError for a document that cannot be read or converted.
+    """
+    files, notes = carried(source.folder, without=_TORRENT | {"config.json"})
+    config = hf_config(source, dtype, torch_dtype)
+    for fragment in fragments:
+        config |= fragment
+    if not is_hf(source):
+        files |= {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
+    elif (path := source.folder / "tokenizer_config.json").is_file():
+        changed = tokenizer_config(load_json(path, _MAX_JSON), path)
+        files |= {} if changed is None else {path.name: _json(changed)}
+    if not files.keys() & {"tokenizer.json", "tokenizer_config.json"} and (model := _model(files)) is not None:
+        from .text.tokenizer_files import hf_files
+
+        files |= hf_files(source.folder / model)
+    _expect_tokenizer(source.folder, files)
+    missing = () if "tokenizer.json" in files or _model(files) else (TOKENIZER,)
+    return Documents(files, {"config.json": _json(config)}, missing, notes=notes)
+
+
+def hf_config(source: Checkpoint, dtype: str | None, torch_dtype: str) -> dict[str, Any]:
+    """config.json of a dense output: the source's own, key for key, with another dtype where the weights were cast.
+
+    What only transformers 5 reads stands there in the spelling of 4 as well.
+    """
+    if not is_hf(source):
+        return source.config.to_hf(torch_dtype)
+    config = dict(source.document)
+    if isinstance(found := config.get("quantization_config"), Mapping) and formats.claims(found):
+        del config["quantization_config"]
+    for key in ("torch_dtype", "dtype"):
+        if key in config and dtype is not None:
+            config[key] = dtype
+    config.setdefault("torch_dtype", config.get("dtype") or torch_dtype)
+    config.setdefault("architectures", ["MixtralForCausalLM"])
+    config.setdefault("model_type", "mixtral")
+    if isinstance(rope := config.get("rope_parameters"), Mapping):
+        if "rope_theta" in rope:
+            config.setdefault("rope_theta", rope["rope_theta"])
+        kind = rope.get("rope_type", "default")
+        if kind != "default" and config.get("rope_scaling") is None:
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            config["rope_scaling"] = {**scaling, "type": kind}
+    return config
+
+
+def tokenizer_config(document: Any, path: Path) -> dict[str, Any] | None:
+    """A tokenizer_config.json that transformers 5 wrote, so that 4 reads it too; None where there is nothing to do."""
+    if not isinstance(document, dict):
+        raise ConfigError("is not a JSON object", file=path)
+    changed = dict(document)
+    if document.get("tokenizer_class") == _V5_TOKENIZER_CLASS:
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokens := document.get("extra_special_tokens"), list):  # 4 expects a mapping, and stops
+        del changed["extra_special_tokens"]
+        if tokens:
+            changed.setdefault("additional_special_tokens", tokens)
+    return changed if changed != document else None
+
+
+# --- an output of mistral's layout ---
+
+
+def for_torrent(source: Checkpoint) -> Documents:
+    """params.json, tokenizer.model, and what is no document of Hugging Face's. Raises as `for_hf`."""
+    files, notes = carried(source.folder, without=_HF | {"params.json"})
+    for name in filter(_TOKENIZER_MODELS.fullmatch, [*files]):  # published only once it is known to be one
+        read_pieces(read_model(source.folder / name), source.folder / name)
+    params = source.config.to_params()
+    if not is_hf(source):
+        told = source.document
+        moe = told.get("moe")
+        params = {**told, **{key: value for key, value in params.items() if key not in told}}
+        params["moe"] = {**source.config.to_params()["moe"], **(moe if isinstance(moe, Mapping) else {})}
+    missing = () if _model(files) else (TOKENIZER,)
+    not_kept = tuple(_not_kept(source, files)) if is_hf(source) else ()
+    return Documents(files, {"params.json": _json(params)}, missing, not_kept, notes)
+
+
+def _not_kept(source: Checkpoint, files: Mapping[str, Document]) -> Iterable[str]:
+    """What mistral's layouts have no place for."""
+    folder, model = source.folder, _model(files)
+    if added := _added_tokens(folder, model):
+        yield f"the added tokens {', '.join(added)}"
+    if (template := _template(folder)) is not None and template != _own_template(folder, model):
+        yield "the chat template"
+    generation = _object(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", source.document.get("eos_token_id", 2))
+    if eos not in (2, [2], None):
+        yield f"eos_token_id {json.dumps(eos)}"
+    rope = source.document.get("rope_scaling") or source.document.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
+    if kind != "default":
+        yield f"the rope scaling ({kind})"
+
+
+def _added_tokens(folder: Path, model: str | None) -> list[str]:
+    """Tokens that the tokenizer.model of that name has no piece for, by id."""
+    found: dict[int, str] = {}
+    for token in _object(folder / "tokenizer.json").get("added_tokens") or ():
+        found[token["id"]] = token["content"]
+    for text, index in _object(folder / "added_tokens.json").items():
+        found[index] = text
+    for number, token in (_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+        found[int(number)] = token["content"]
+    known = {piece.text for piece in read_pieces(read_model(folder / model), folder / model).all} if model else set()
+    return [text for _, text in sorted(found.items()) if text not in known]
+
+
+def _template(folder: Path) -> object:
+    path = folder / "chat_template.jinja"
+    return path.read_text("utf-8") if path.is_file() else _object(folder / "tokenizer_config.json").get("chat_template")
+
+
+def _own_template(folder: Path, model: str | None) -> object:
+    """The one that such a tokenizer.model means, by itself."""
+    from .text.tokenizer_files import hf_files
+
+    made = hf_files(folder / model) if model else {}
+    return json.loads(made["tokenizer_config.json"])["chat_template"] if made else None
+
+
+# --- both ---
+
+
+def _expect_tokenizer(folder: Path, files: Iterable[str]) -> None:
+    """Of the files to be copied the tokenizer must be one: a link to somebody's secret is not to be published."""
+    if "tokenizer.json" in files:
+        path = folder / "tokenizer.json"
+        if path.is_file() and not isinstance(_object(path).get("model"), dict):
+            raise TokenizerError("is no tokenizer: it has no model", file=path)
+    elif (model := _model(files)) is not None:
+        sentencepiece_encoder(read_model(folder / model), folder / model)
+
+
+def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], tuple[str, ...]]:
+    """Files of a checkpoint's folder to copy as they are, and notes on those that are not.
+
+    All but weights, hidden files, what mixtools tells of its own outputs, and the names `without`; of folders in it the
+    images that its README shows. The folder may consist of links (layouts.md): what they point to is copied.
+    """
+    left, notes = {*without}, []
+    found: dict[str, Document] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name in left or name.startswith(".") or _WEIGHTS.fullmatch(name) or _OURS.fullmatch(name):
+            continue
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            notes.append(f"{name} is not copied: it is no file")
+        elif (size := path.stat().st_size) > MAX_DOCUMENT:
+            notes.append(f"{name} is not copied: {size / 1e6:.0f} MB are more than a document has")
+        else:
+            found[name] = path
+    for name in _images(folder):
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= MAX_DOCUMENT:
+            found[name] = path
+    return found, tuple(notes)
+
+
+def _images(folder: Path) -> list[str]:
+    """Of the card the images in folders of the checkpoint's."""
+    card = folder / "README.md"
+    if not card.is_file() or card.stat().st_size > _MAX_JSON:
+        return []
+    paths = (Path(unquote(match[0])) for match in _IMAGE.finditer(card.read_text("utf-8", "replace")))
+    return sorted(
+        {
+            path.as_posix()
+            for path in paths
+            if len(path.parts) > 1 and not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
+        }
+    )
+
+
+def _model(files: Iterable[str]) -> str | None:
+    """The name of the tokenizer.model among them."""
+    return next(filter(_TOKENIZER_MODELS.fullmatch, sorted(files)), None)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file. Raises ConfigError."""
+    if not path.is_file():
+        return {}
+    document = load_json(path, MAX_DOCUMENT)
+    if not isinstance(document, dict):
+        raise ConfigError("is not a JSON object", file=path)
+    return document
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
