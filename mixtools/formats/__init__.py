@@ -18,7 +18,7 @@ from .plain import Plain
 
 __all__ = ["FORMATS", "SUFFIXES", "Factored", "Format", "Packed", "Part", "Plain", "Stored", "claims", "detect"]
 
-FORMATS: Sequence[type[Format]] = (Plain, Factored)  # the first that recognises what is stored is the one
+FORMATS: Sequence[type[Format]] = (Factored, Plain)  # the first that recognises what is stored is the one
 SUFFIXES = tuple(dict.fromkeys(suffix for kind in FORMATS for suffix in kind.suffixes))
 
 

@@ -128,20 +128,23 @@ def test_finish_trusts_what_an_earlier_run_read_whole(tmp_path: Path, monkeypatc
     checkpoint.finish(earlier=checkpoint.slots())
 
 
-def test_finish_after_factors(tmp_path: Path) -> None:
-    """A matrix that is stored as two factors has no tensor of its own name."""
+@pytest.mark.parametrize("suffix", ["", "_a"], ids=["", "of old"])
+def test_finish_after_factors(tmp_path: Path, suffix: str) -> None:
+    """A matrix that is stored as two factors; in outputs of old it has no tensor of its own name."""
     tensors = make.hf(make.torrent(DIMS), DIMS)
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     a, b = torch.randn(8, 3).bfloat16(), torch.randn(3, 12).bfloat16()
     del tensors[name]
-    factors = {f"{name}_a": a, f"{name}_b": b}
+    factors = {f"{name}{suffix}": a, f"{name}_b": b}
     folder = make.write_hf(tmp_path, tensors | factors, DIMS, files=1)
     crcs = {name: zlib.crc32(make.bits(tensor)) for name, tensor in factors.items()}
     path = folder / "model-00001-of-00001.safetensors"
-    (folder / manifest.NAME).write_bytes(manifest.encode({}, {path.name: path.stat().st_size}, crcs))
+    (folder / manifest.NAME).write_bytes(
+        manifest.encode({}, {path.name: manifest.File(path.stat().st_size, None)}, crcs)
+    )
     checkpoint = open_checkpoint(folder)
     slot = Slot(Role.DOWN, 0, 1)
-    assert checkpoint.format(slot) == Factored(DType.BF16, rank=3)
+    assert checkpoint.format(slot) == Factored(DType.BF16, 3, f"weight{suffix}")
     assert [entry.name for entry in checkpoint.parts(slot)] == list(factors)
     assert torch.equal(checkpoint.read(slot), (a.float() @ b.float()).bfloat16())
     checkpoint.finish(earlier=[slot])

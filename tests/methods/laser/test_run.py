@@ -15,7 +15,7 @@ import torch
 
 from mixtools import conversion, job
 from mixtools.checking import perplexity
-from mixtools.errors import ConfigError, InputError, LayoutError, SpectrumError, UsageError
+from mixtools.errors import ConfigError, InputError, SpectrumError, UsageError
 from mixtools.formats import Factored, Plain
 from mixtools.inference import calibrate
 from mixtools.inference.stream import Stream
@@ -136,7 +136,7 @@ def test_factors_and_their_dense_form_agree_bit_for_bit(tmp_path: Path, nano: Ch
     for slot in chosen:
         assert isinstance(factored.format(slot), Factored)
         name = factored.piece(slot).name
-        first, second = (factored.store.entries[f"{name}_{letter}"].shape for letter in "ab")
+        first, second = (factored.store.entries[f"{name}{suffix}"].shape for suffix in ("", "_b"))
         assert first[1] == second[0] == ranks[name]
         expected = method.encode(nano.read(slot), options.method).dense
         assert torch.equal(factored.read(slot).view(torch.int16), expected.view(torch.int16))
@@ -154,12 +154,23 @@ def test_factors_and_their_dense_form_agree_bit_for_bit(tmp_path: Path, nano: Ch
     assert sizes[0] < sizes[1]
 
 
-def test_transformers_refuses_factors_instead_of_inventing_weights(tmp_path: Path, nano: Checkpoint) -> None:
+@pytest.mark.parametrize("config", ["as written", "a loader that passes over quantization_config"])
+@pytest.mark.parametrize("chosen", [("w2", "3"), ("w1,w3", "all"), ("k,o", "all")], ids=str)
+def test_no_loader_invents_weights_for_factors(
+    tmp_path: Path, nano: Checkpoint, chosen: tuple[str, str], config: str
+) -> None:
+    """transformers 4.36 does not look at a quantization_config without quant_method: there the shapes must stop it."""
     from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-    reduce(nano, tmp_path / "out", laser.Options("1", "w2", "3", "rank=20", factored=True))
+    reduce(nano, tmp_path / "out", laser.Options("1", *chosen, rank_rule="rank=20", factored=True))
+    if config != "as written":
+        document = json.loads((tmp_path / "out" / "config.json").read_text())
+        del document["quantization_config"]
+        (tmp_path / "out" / "config.json").write_text(json.dumps(document))
     for loader in (AutoModelForCausalLM, MixtralForCausalLM):
-        with pytest.raises(ValueError, match="quant_method"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match="quant_method" if config == "as written" else "size|shape"
+        ):
             loader.from_pretrained(tmp_path / "out")
 
 
@@ -184,9 +195,9 @@ def test_a_lone_or_misshapen_factor_is_a_fault(tmp_path: Path, nano: Checkpoint)
         save_file({**tensors, **{key: value.bfloat16() for key, value in change.items()}}, path)
         with pytest.raises(InputError, match="wrong shape|unknown to layout"):
             open_checkpoint(tmp_path / "out")
-    for letter in "ab":
-        save_file({key: value for key, value in tensors.items() if key != f"{name}_{letter}"}, path)
-        with pytest.raises(LayoutError, match="lacks|unknown"):
+    for lost, what in ((name, "lacks"), (f"{name}_b", "wrong shape")):
+        save_file({key: value for key, value in tensors.items() if key != lost}, path)
+        with pytest.raises(InputError, match=what):
             open_checkpoint(tmp_path / "out")
 
 
