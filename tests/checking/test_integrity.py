@@ -194,8 +194,9 @@ def damaged(source: MemoryReader, fault: str) -> MemoryReader:
 def test_classic_faults_are_named(source, fault, slots, message, dtype):
     output = damaged(source, fault)
     cast = MemoryReader(CONFIG, {slot: tensor.to(dtype) for slot, tensor in tensors_of(output).items()})
-    found = integrity.compare(source, cast)
+    found = integrity.compare(source, cast, file=Path("the output"))
     assert {difference.slot for difference in found.differences} == slots
+    assert {problem.file for problem in found.problems} == {"the output"}
     assert all((difference.fault or "").startswith(message) for difference in found.differences)
     assert len(found.problems) == 1
     assert str(min(map(str, slots))) in str(found.problems[0])
@@ -254,3 +255,11 @@ def test_a_fault_s_tensors_are_named_in_the_model_s_order():
     (problem,) = integrity.compare(deep, MemoryReader(deep.config, tensors)).problems
     assert problem.tensor == "layers.2.q"
     assert str(problem).endswith(": layers.2.q, layers.3.q, layers.10.q, layers.11.q")
+
+
+def test_nothing_has_no_error_and_something_for_nothing_has_all():
+    """Where the source is all zeros there is no share to tell."""
+    zeros, ones = torch.zeros(3, 4), torch.ones(3, 4)
+    assert integrity.relative_error(zeros, zeros) == 0.0
+    assert integrity.relative_error(zeros, ones) == float("inf")
+    assert integrity.relative_error(ones, zeros) == 1.0
