@@ -14,7 +14,7 @@ from mixtools.config import MixtralConfig, from_document
 from mixtools.errors import UsageError
 from mixtools.inference import rope
 from mixtools.inference.attention import span
-from mixtools.inference.generate import Options, generate
+from mixtools.inference.generate import Options, generate, prefill
 from mixtools.inference.model import Cache, Mixtral
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader
@@ -107,9 +107,9 @@ def test_layer_by_layer_each_sequence_turns_by_its_own_length(name, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prefill", [512, 9])
+@pytest.mark.parametrize("columns", [512, 9])
 @pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3"])
-def test_generation_equals_transformers_one_by_one(name, prefill, ids):
+def test_generation_equals_transformers_one_by_one(name, columns, ids):
     """Prompts that end within, at and beyond the training, in one batch, in pieces or whole.
 
     The dynamic type gives every new token frequencies of its own, while what is cached keeps those it had: all of the
@@ -125,22 +125,32 @@ def test_generation_equals_transformers_one_by_one(name, prefill, ids):
         new = transformers_model(reader).generate(row, attention_mask=torch.ones_like(row), generation_config=greedy)
         expected.append(new[0, len(prompt) :].tolist())
     model = Mixtral.load(reader, dtype=torch.float32)
-    assert generate(model, prompts, Options(max_new_tokens=24, stop=(), prefill=prefill)) == expected
+    assert generate(model, prompts, Options(max_new_tokens=24, stop=(), prefill=columns)) == expected
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prefill", [1, 7, 64])
-def test_logits_of_every_step_equal_those_of_transformers_cache(prefill, ids):
+@pytest.mark.parametrize("columns", [1, 7, 64])
+def test_logits_of_every_step_equal_those_of_transformers_cache(columns, ids):
     """Tokens may agree by chance where logits do not."""
     reader = reader_of(scaled(read_nano().config, SCALINGS["dynamic"]))
     ours, theirs = Mixtral.load(reader, dtype=torch.float32), transformers_model(reader)
     cache = Cache(ours, batch=2, capacity=60, prompt=45)
-    found = [ours(piece, cache) for piece in ids[:, :45].split(prefill, dim=1)]
+    found = [ours(piece, cache) for piece in ids[:, :45].split(columns, dim=1)]
     out = theirs(ids[:, :45], use_cache=True)
     assert of_range(torch.cat(found, dim=1), out.logits) < 5e-6
     for at in range(45, 60):
         out = theirs(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
         assert of_range(ours(ids[:, at : at + 1], cache), out.logits) < 5e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [9, 33, 512])
+def test_a_prompt_in_pieces_turns_by_its_whole_length(columns, ids):
+    reader = reader_of(scaled(read_nano().config, {"rope_type": "dynamic", "factor": 8.0}))
+    prompts = [ids[0, :length].tolist() for length in (110, 60, 20)]
+    logits, _ = prefill(Mixtral.load(reader, dtype=torch.float32), prompts, room=1, columns=columns)
+    for prompt, found in zip(prompts, logits, strict=True):
+        assert of_range(found, transformers_model(reader)(torch.tensor([prompt])).logits[0, -1]) < 5e-6
 
 
 def test_rows_of_a_padded_batch_turn_by_their_own_lengths():

@@ -17,6 +17,7 @@ from mixtools.inference.model import Cache, Mixtral
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader, random_reader
 from mixtools.names import Role, Slot
+from mixtools.scaling import RopeScaling
 
 CPU = torch.device("cpu")
 
@@ -94,8 +95,6 @@ def test_each_row_of_a_padded_batch_equals_itself_alone(window, columns, ids, ro
 @pytest.mark.parametrize("prefill", [512, 9])
 @pytest.mark.parametrize("other", [{}, {"scaled": True}])
 def test_generation_equals_transformers_one_by_one(prefill, other, ids):
-    from mixtools.scaling import RopeScaling
-
     more = {"max_position_embeddings": 50, "rope_scaling": RopeScaling("dynamic", 4.0)} if other else {}
     reader = limited(16, **more)
     prompts = [ids[0, :length].tolist() for length in (60, 16, 10, 1)]
@@ -125,6 +124,13 @@ def test_a_window_that_hides_nothing_takes_the_plain_way():
 def test_a_new_token_behind_a_window_needs_no_mask():
     band = span(limited(64).config, 1, CPU, start=100).band
     assert attention._visible(band, 100, 1, CPU) == (37, None)  # 37 to 100: 64 columns
+
+
+def test_no_row_sees_nothing():
+    """Not even one of padding: some kernels make NaN of it, and NaN spreads through the cache."""
+    where = span(limited(5).config, 20, CPU, padding=torch.tensor([0, 12]))
+    _, mask = attention._visible(where.band, 0, 20, CPU)
+    assert mask.any(-1).all()
 
 
 @torch.no_grad()
