@@ -202,7 +202,8 @@ def test_perplexity_and_generate(hf: Path, capsys: pytest.CaptureFixture[str]) -
     found = mixtools.perplexity(hf, TEXT, ctx=64, max_tokens=512)
     assert found.tokens == 8 * 63 and found.protocol == "gptq" and found.ctx == 64 and found.stderr > 0
     assert found.document.keys() == {
-        "perplexity", "stderr", "tokens", "protocol", "ctx", "seconds", "peak_memory_bytes", "remarks",
+        "perplexity", "word_perplexity", "byte_perplexity", "stderr", "tokens", "protocol", "ctx", "seconds",
+        "peak_memory_bytes", "remarks",
     }  # fmt: skip
     pieces: list[str] = []
     said = mixtools.generate(hf, "Le programme", max_new_tokens=8, on_text=pieces.append)

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtools import errors
+from mixtools.checking.integrity import compare_configs
 from mixtools.config import MixtralConfig, from_document, load_json
+from mixtools.names import Role
 
 PARAMS = {
     "dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
@@ -51,6 +53,12 @@ def without(document: dict, *keys: str) -> dict:
         {**HF, "rope_parameters": {"rope_theta": 1e6}, "rope_scaling": None, "head_dim": None},
         {**HF, "rope_scaling": {"type": "default"}},
         {**PARAMS, "unknown": [1, {"x": None}]},
+        {**PARAMS, "model_type": "transformer"},
+        {**PARAMS, "tie_word_embeddings": True},
+        {**HF, "tie_word_embeddings": True},
+        {**HF, "hidden_act": "swish"},
+        {**HF, "attention_bias": True},
+        {**PARAMS, "sliding_window": None, "yarn": None},
     ],
 )  # fmt: skip
 def test_every_spelling(document: dict) -> None:
@@ -63,8 +71,67 @@ def test_8x22b_has_longer_positions() -> None:
     assert from_document({**large, "max_seq_len": 1024}, "params.json").max_position_embeddings == 1024
 
 
-def test_as_many_key_value_heads_as_heads_by_default() -> None:
-    assert from_document(without(HF, "num_key_value_heads"), "x").num_kv_heads == 32
+# --- what is missing ---
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {},
+        {"vocab_size": 500, "hidden_size": 6144, "num_attention_heads": 48},
+        {"num_attention_heads": 64, "head_dim": 8},
+        {"num_key_value_heads": 4, "num_local_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 11},
+        {"sliding_window": 4096, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rms_norm_eps": 1e-6, "max_position_embeddings": 77},
+    ],
+)
+def test_what_is_missing_from_a_mixtrals_config_is_what_transformers_takes(there: dict) -> None:
+    theirs = transformers.MixtralConfig(**json.loads(json.dumps(there)))
+    ours = from_document({"model_type": "mixtral", **there}, "config.json")
+    assert ours == from_document({**theirs.to_dict(), "head_dim": ours.head_dim}, "config.json")
+    scaling = theirs.rope_parameters
+    assert (ours.hidden_size, ours.intermediate_size, ours.num_layers, ours.num_heads, ours.num_kv_heads) == (
+        theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+    )  # fmt: skip
+    assert (ours.vocab_size, ours.num_experts, ours.experts_per_token, ours.rms_norm_eps, ours.rope_theta) == (
+        theirs.vocab_size, theirs.num_local_experts, theirs.num_experts_per_tok, theirs.rms_norm_eps,
+        scaling["rope_theta"],
+    )  # fmt: skip
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.sliding_window == theirs.sliding_window
+    assert (ours.rope_scaling.type if ours.rope_scaling else "default") == scaling["rope_type"]
+
+
+def test_eight_key_value_heads_by_default_and_as_many_as_heads_for_null() -> None:
+    """32 heads of 8 with 8 for keys and values: k and v of 64 rows, as transformers builds them."""
+    small = {**without(HF, "num_key_value_heads"), "head_dim": 8}
+    config = from_document(small, "config.json")
+    assert (config.num_kv_heads, config.shape(Role.K), config.shape(Role.V)) == (8, (64, 4096), (64, 4096))
+    assert transformers.MixtralConfig(**small).num_key_value_heads == 8
+    assert from_document({**small, "num_key_value_heads": None}, "config.json").num_kv_heads == 32
+    assert from_document(without(small, "model_type"), "folder/config.json").num_kv_heads == 8
+    with pytest.raises(errors.ConfigError, match="4 heads cannot share 8.*their number is missing"):
+        from_document({**small, "num_attention_heads": 4}, "config.json")
+
+
+def test_a_params_json_keeps_the_defaults_of_the_torrent() -> None:
+    found = from_document(without(PARAMS, "n_kv_heads"), "params.json")
+    assert (found.num_kv_heads, found.max_position_embeddings, found.rope_theta) == (32, 32768, 1e6)
+
+
+@pytest.mark.parametrize("file", ["config.json", "params.json"])
+@pytest.mark.parametrize("document", [{}, {"model_type": "transformer"}, {"architectures": ["MixtralForCausalLM"]}])
+def test_what_does_not_say_that_it_is_a_mixtral_has_no_sizes(document: dict, file: str) -> None:
+    with pytest.raises(errors.ConfigError, match="lacks dim or hidden_size, hidden_dim or intermediate_size"):
+        from_document(document, file)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "num_local_experts"])
+def test_null_is_not_missing(key: str) -> None:
+    with pytest.raises(errors.ConfigError, match="lacks"):
+        from_document({**HF, key: None}, "config.json")
 
 
 FIELDS = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size")
@@ -110,9 +177,6 @@ def test_nonsensical_experts(field: str, value: object) -> None:
         ({"moe": 8}, "not an object"),
         ({"moe": [8]}, "not an object"),
         ({"rope_parameters": "default"}, "not an object"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "'yarn', which no Mixtral uses"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
-        ({"rope_scaling": {"type": ["linear"]}}, "no Mixtral uses"),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "not a number"),
         ({"n_kv_heads": 5}, "evenly"),
         ({"n_kv_heads": 64}, "evenly"),
@@ -124,8 +188,12 @@ def test_nonsensical_experts(field: str, value: object) -> None:
         ({"model_type": "llama"}, "'llama'; a Mixtral has 'mixtral'"),
         ({"model_type": [["x"]]}, "a Mixtral has"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"sliding_window": 0}, "sliding_window is 0, which no model has"),
+        ({"sliding_window": -1}, "sliding_window"),
+        ({"sliding_window": [4096, 32768]}, "sliding_window is .*, not an integer"),
+        ({"sliding_window": True}, "sliding_window"),
+        ({"sliding_window": 64.0}, "sliding_window"),
     ],
 )
 def test_contradictions(change: dict, message: str) -> None:
@@ -152,7 +220,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = st.sampled_from([*PARAMS, *HF, "rope_parameters", "rope_scaling", "rope_theta", "max_seq_len"])
+KEYS = st.sampled_from([*PARAMS, *HF, "rope_parameters", "rope_scaling", "rope_theta", "max_seq_len", "yarn"])
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=6))
@@ -162,7 +230,10 @@ def test_only_our_errors(change: dict) -> None:
     except errors.ConfigError:
         return
     for field in dataclasses.fields(config):
-        assert getattr(config, field.name) > 0
+        if field.name not in ("sliding_window", "rope_scaling"):
+            assert getattr(config, field.name) > 0
+    assert config.sliding_window is None or config.sliding_window > 0
+    json.dumps(dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +261,14 @@ def test_unreadable(tmp_path: Path) -> None:
     assert load_json(tmp_path / "twice") == {"dim": 1}
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, MixtralConfig(48, 40, 2, 4, 2, 16, 97, 4, 1, 1e-6, 5e5, 77)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MIXTRAL,
+        MixtralConfig(48, 40, 2, 4, 2, 16, 97, 4, 1, 1e-6, 5e5, 77),
+        dataclasses.replace(MIXTRAL, sliding_window=4096),
+    ],
+)
 def test_there_and_back(config: MixtralConfig) -> None:
     assert from_document(json.loads(json.dumps(config.to_params())), "params.json") == config
     assert from_document(json.loads(json.dumps(config.to_hf("bfloat16"))), "config.json") == config
@@ -206,3 +284,17 @@ def test_as_transformers_writes_it(tmp_path: Path, head_dim: int | None) -> None
     theirs.save_pretrained(tmp_path)
     found = from_document(load_json(tmp_path / "config.json"), tmp_path / "config.json")
     assert found == MixtralConfig(64, 96, 3, 4, 2, head_dim or 16, 77, 5, 3, 1e-6, 12345.0, 99)
+
+
+def test_mistrals_own_document_tells_the_window() -> None:
+    config = dataclasses.replace(MIXTRAL, sliding_window=4096)
+    assert config.to_params()["sliding_window"] == 4096
+    assert not {"sliding_window", "rope_scaling"} & MIXTRAL.to_params().keys()
+
+
+def test_a_window_in_the_output_alone_is_a_problem() -> None:
+    output = from_document({**HF, "sliding_window": 16}, "config.json")
+    (problem,) = compare_configs(MIXTRAL, output, "config.json")
+    assert "sliding_window is not the source's" in str(problem)
+    assert (problem.expected, problem.found) == (None, 16)
+    assert compare_configs(output, output) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
 from ..machine import available_memory, check_device, find_device, human_time, parse_limit, peak_memory
-from ..options import Device, MaxMemory, Model
+from ..options import Device, ExpertsPerToken, MaxMemory, Model
 from ..progress import Callback, Progress, watched
 from ..verbs import Option, Result
 
@@ -95,6 +95,7 @@ def generate(
     temperature: Annotated[float, Option("T", "0 is greedy.")] = 0.0,
     top_p: Annotated[float, Option("P", "Mass of the likeliest tokens kept.")] = 1.0,
     seed: Annotated[int, Option("S")] = 0,
+    experts_per_token: ExpertsPerToken = None,
     dtype: Annotated[str, Option("auto|bf16|f16|f32", "auto: as stored.")] = "auto",
     device: Device = "auto",
     max_memory: MaxMemory = None,
@@ -113,14 +114,14 @@ def generate(
         raise UsageError("generate needs --prompt TEXT or --chat")
     ready = talker(
         model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, dtype=dtype,
-        device=device, max_memory=max_memory, progress=progress,
+        experts_per_token=experts_per_token, device=device, max_memory=max_memory, progress=progress,
     )  # fmt: skip
     return ready.answer([{"role": "user", "content": prompt}] if chat else prompt, on_text)
 
 
 def talker(
     model: Model, *, dtype: str = "auto", device: str = "auto", max_memory: str | int | None = None,
-    progress: Progress | Callback | None = None, **options: Any,
+    experts_per_token: int | None = None, progress: Progress | Callback | None = None, **options: Any,
 ) -> Talker:  # fmt: skip
     """A model read into memory. `options` are those of inference.generate.Options. Raises as `generate`."""
     limit = parse_limit(max_memory)
@@ -129,10 +130,10 @@ def talker(
     from ..inference.generate import Options
     from ..inference.model import Mixtral
     from ..text.tokenizer import Tokenizer
-    from .measuring import compute_dtype
+    from .measuring import compute_dtype, with_experts
 
     how = Options(**options)
-    checkpoint = open_model(model)
+    checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     remark = tokenizer.check_vocab(checkpoint.config)
     where = find_device(device)
@@ -141,4 +142,4 @@ def talker(
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
     loaded = Mixtral.load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
     checkpoint.finish()
-    return Talker(loaded, tokenizer, how, (remark,) if remark else ())
+    return Talker(loaded, tokenizer, how, tuple(told for told in (remark, rerouted) if told))

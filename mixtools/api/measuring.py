@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..machine import check_device, find_device, human_bytes, human_time, memory_for, parse_limit
-from ..options import ComputeDtype, Ctx, Device, MaxMemory, MaxTokens, Model, Protocol, Stride
+from ..options import ComputeDtype, Ctx, Device, ExpertsPerToken, MaxMemory, MaxTokens, Model, Protocol, Stride
 from ..progress import Callback, Progress, watched
 from ..verbs import Option, Result
 
@@ -26,9 +26,15 @@ Against = Annotated[str | Path | Checkpoint, Option("SOURCE", "What it was made 
 
 @dataclass(frozen=True)
 class Measured(Result):
-    """`stderr` is the perplexity's own, `tokens` are the predictions counted."""
+    """`stderr` is the perplexity's own, `tokens` are the predictions counted.
+
+    `word_perplexity` and `byte_perplexity` are of the words and UTF-8 bytes that these tokens spell
+    (checking/perplexity.py tells exactly); None where they spell none.
+    """
 
     perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
     stderr: float
     tokens: int
     protocol: str
@@ -40,7 +46,10 @@ class Measured(Result):
 
     @property
     def document(self) -> dict[str, Any]:
-        names = ("perplexity", "stderr", "tokens", "protocol", "ctx", "seconds", "peak_memory_bytes")
+        names = (
+            "perplexity", "word_perplexity", "byte_perplexity", "stderr", "tokens", "protocol", "ctx", "seconds",
+            "peak_memory_bytes",
+        )  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "remarks": list(self.remarks)}
 
     def lines(self) -> Iterator[str]:
@@ -48,6 +57,8 @@ class Measured(Result):
             f"perplexity {self.perplexity:.4f} ± {self.stderr:.4f} over {self.tokens:,} tokens "
             f"(protocol {self.protocol}, ctx {self.ctx})"
         )
+        if self.word_perplexity is not None and self.byte_perplexity is not None:
+            yield f"  word perplexity {self.word_perplexity:.6g}, byte perplexity {self.byte_perplexity:.4f}"
         yield from (f"  {remark}" for remark in self.remarks)
         yield f"  {human_time(self.seconds)}, at most {human_bytes(self.peak_memory_bytes)} of memory"
 
@@ -55,8 +66,8 @@ class Measured(Result):
 def perplexity(
     model: Model, text: Annotated[str | Path, Option("FILE", "UTF-8 text, taken as it stands.")], *,
     protocol: Protocol = "gptq", ctx: Ctx = None, stride: Stride = None, max_tokens: MaxTokens = None,
-    dtype: ComputeDtype = "auto", device: Device = "auto", max_memory: MaxMemory = None,
-    progress: Progress | Callback | None = None,
+    experts_per_token: ExpertsPerToken = None, dtype: ComputeDtype = "auto", device: Device = "auto",
+    max_memory: MaxMemory = None, progress: Progress | Callback | None = None,
 ) -> Measured:  # fmt: skip
     """Perplexity over a text, a layer at a time: the model may be larger than memory.
 
@@ -73,7 +84,7 @@ def perplexity(
     from ..text.tokenizer import Tokenizer
 
     content = engine.read_text(Path(text))
-    checkpoint = open_model(model)
+    checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     remark = tokenizer.check_vocab(checkpoint.config)
     ids = tokenizer.encode(content)
@@ -83,9 +94,10 @@ def perplexity(
         checkpoint, where, compute_dtype(dtype) or checkpoint.main_dtype().torch(),
         max_memory=memory_for(where, limit), progress=watched(progress),
     )  # fmt: skip
-    found = engine.measure(stream, windows).document()
+    found = engine.measure(stream, windows, engine.spell(tokenizer, ids, windows)).document()
     checkpoint.finish()
-    return Measured(**{**found, "remarks": tuple(found["remarks"])}, notes=(remark,) if remark else ())
+    remarks = [told for told in (rerouted, engine.line_ends(content), *found["remarks"]) if told]
+    return Measured(**{**found, "remarks": tuple(remarks)}, notes=(remark,) if remark else ())
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,23 @@ def _pairs(gate: Sequence[str] | Mapping[str, float] | None) -> list[str]:
     if isinstance(gate, Mapping):
         return [f"{name}={limit!r}" for name, limit in gate.items()]
     return list(gate or [])
+
+
+def with_experts(checkpoint: Checkpoint, experts_per_token: int | None) -> tuple[Checkpoint, str | None]:
+    """The same checkpoint, whose tokens go through so many experts (None: its own number), and a remark if that is
+    another. Raises UsageError for a number that it has not.
+    """
+    from dataclasses import replace
+
+    from ..errors import UsageError
+
+    config = checkpoint.config
+    if experts_per_token is None or experts_per_token == config.experts_per_token:
+        return checkpoint, None
+    if not 1 <= experts_per_token <= config.num_experts:
+        raise UsageError(f"--experts-per-token {experts_per_token}: the model has 1 to {config.num_experts}")
+    routed = replace(checkpoint, config=replace(config, experts_per_token=experts_per_token))
+    return routed, f"{experts_per_token} experts a token, where the model has {config.experts_per_token}"
 
 
 def compute_dtype(name: str) -> Any:

@@ -103,7 +103,7 @@ def _fits(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
 def _in_memory(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     model = Mixtral.load(source.reader, source.device, source.dtype)
     texts = generate(model, prompts, Options(max_new_tokens=new_tokens))
-    limit = source.config.max_position_embeddings
+    limit = source.config.reach
     for ids, text in zip(prompts, texts, strict=True):
         if len(text) < min(new_tokens, limit - len(ids)):
             text.append(EOS)  # generate leaves it out; an end that the source chose is a choice to compare, too

@@ -20,7 +20,7 @@ from ..progress import Progress, Silent
 from ..text.pieces import JSON_FILE, MODEL_FILE
 from ..text.tokenizer import Tokenizer
 from . import continuations, gates, integrity, parity
-from .perplexity import Windows, cut, read_text
+from .perplexity import Windows, cut, line_ends, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def run(
     check = Check({})
     problems, comparison = _integrity(source, output, machine)
     problems += text.problems if text else []
-    remarks: list[str] = []
+    remarks: list[str] = list(text.remarks) if text else []
     readable = comparison is not None and source.config.vocab_size == output.config.vocab_size
     if readable and text is not None:
         streams = [_stream(checkpoint, machine) for checkpoint in (source, output)]
@@ -147,6 +147,7 @@ class _Text:
     windows: Windows | None
     prompts: list[list[int]] | None
     problems: list[MixtoolsError]  # of the output's tokenizer
+    remarks: tuple[str, ...] = ()
 
 
 def _integrity(
@@ -201,7 +202,8 @@ def _prepare(source: Checkpoint, output: Checkpoint, options: Options) -> _Text:
         ctx=options.ctx, stride=options.stride, max_tokens=options.max_tokens,
     )  # fmt: skip
     prompts = None if spoken is None else [tokenizer.encode(text) for text in spoken]
-    return _Text(tokenizer, ids, windows, prompts, problems)
+    told = line_ends(content or "")
+    return _Text(tokenizer, ids, windows, prompts, problems, (told,) if told else ())
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -9,6 +9,10 @@
 The text is tokenized once, as it stands, BOS first. gptq is the evaluation of github.com/IST-DASLab/gptq, llamacpp that
 of llama-perplexity, hf that of transformers' guide "Perplexity of fixed-length models", except that the guide weighs
 each window by its count less one, while here every predicted token weighs the same.
+
+Beside the perplexity of a token stand those of a word and of a byte, by which models of different tokenizers compare:
+exp(total nll / words) and exp(total nll / bytes), as lm-evaluation-harness has them, of what the counted tokens spell
+(`spell`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +30,9 @@ from torch import Tensor
 from ..errors import InputError, TensorError, UsageError
 from ..inference.stream import Stream
 from ..machine import peak_memory
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
 
 _ROWS = 64
 DEFAULT_CTX = {"gptq": 2048, "llamacpp": 512, "hf": 2048}
@@ -39,6 +46,7 @@ class Windows:
     ctx: int
     sequences: tuple[Tensor, ...]  # ids [T] each
     firsts: tuple[int, ...]
+    starts: tuple[int, ...] = ()  # where each begins in the text, which `cut` knows
 
     def rows(self) -> Tensor:
         """Where the counted predictions are made: [n] indices into all sequences joined."""
@@ -52,9 +60,21 @@ class Windows:
         """The ids that are predicted there, [n]."""
         return torch.cat([ids[first + 1 :] for ids, first in zip(self.sequences, self.firsts, strict=True)])
 
+    def places(self) -> list[int]:
+        """Where the targets stand in the text's ids, [n]; of windows that were cut from one."""
+        parts = zip(self.starts, self.sequences, self.firsts, strict=True)
+        return [place for start, ids, first in parts for place in range(start + first + 1, start + len(ids))]
+
     def counts(self) -> list[int]:
         """Counted predictions of each sequence."""
         return [len(ids) - 1 - first for ids, first in zip(self.sequences, self.firsts, strict=True)]
+
+
+class Spelled(NamedTuple):
+    """How much text the counted tokens spell: words between white space, and bytes of UTF-8."""
+
+    words: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -65,10 +85,21 @@ class Perplexity:
     nll: Tensor
     seconds: float
     remarks: tuple[str, ...] = ()
+    spelled: Spelled | None = None
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(float(self.nll.mean()), 700.0))  # beyond, a float would overflow
+        return _exp(float(self.nll.mean()))
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(total nll / words); None where the counted tokens spell no word, or nobody counted."""
+        return _exp(float(self.nll.sum()) / self.spelled.words) if self.spelled and self.spelled.words else None
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """exp(total nll / bytes); None as above."""
+        return _exp(float(self.nll.sum()) / self.spelled.bytes) if self.spelled and self.spelled.bytes else None
 
     @property
     def stderr(self) -> float:
@@ -82,6 +113,8 @@ class Perplexity:
     def document(self) -> dict[str, Any]:
         return {
             "perplexity": self.perplexity,
+            "word_perplexity": self.word_perplexity,
+            "byte_perplexity": self.byte_perplexity,
             "stderr": self.stderr,
             "tokens": len(self.nll),
             "protocol": self.windows.protocol,
@@ -110,6 +143,33 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError("holds no text", file=path)
     return text
+
+
+def line_ends(text: str) -> str | None:
+    """A remark about a text from Windows: the same words have another perplexity, and the text does not show why."""
+    if "\r\n" not in text:
+        return None
+    return (
+        "the text has Windows line ends (CRLF): other tokens, and other figures than the same text without; convert it "
+        "with tr -d '\\r' < FILE > NEW"
+    )
+
+
+def spell(tokenizer: Tokenizer, ids: Sequence[int], windows: Windows) -> Spelled:
+    """Words and bytes of what the counted tokens of a text spell; `ids` are all of the text, as `cut` got them.
+
+    Each token spells its part of the text, so that all of them together spell the text; a character of several tokens
+    belongs to the last of them, as in SentencePiece. The parts of the counted tokens are joined in the order of the
+    text, and what is not counted left out: the first token of each window with gptq, the first half of each and a token
+    with llamacpp, nothing but BOS with hf (with a stride of ctx, too, the first of each window). So a word that two
+    windows share is one word where either counts a piece of it, and the words cut at the ends of counted stretches are
+    joined two to one. lm-evaluation-harness, which measures documents whole, counts an empty word more where one begins
+    or ends with white space.
+    """
+    decoder = tokenizer.stream()
+    parts = [decoder.push(token) for token in ids]
+    text = "".join(parts[place] for place in windows.places())
+    return Spelled(len(text.split()), len(text.encode("utf-8")))
 
 
 def cut(
@@ -144,29 +204,35 @@ def cut(
     if protocol == "hf":
         return _sliding(text, ctx, stride)
     windows = text[: len(text) // ctx * ctx].view(-1, ctx)
+    starts = tuple(range(0, windows.numel(), ctx))
     if protocol == "gptq":
-        return Windows(protocol, ctx, tuple(windows), (0,) * len(windows))
+        return Windows(protocol, ctx, tuple(windows), (0,) * len(windows), starts)
     windows = windows.clone()
     windows[:, 0] = bos_id
-    return Windows(protocol, ctx, tuple(windows), (ctx // 2,) * len(windows))
+    return Windows(protocol, ctx, tuple(windows), (ctx // 2,) * len(windows), starts)
 
 
 def _sliding(text: Tensor, ctx: int, stride: int) -> Windows:
-    sequences, firsts, predicted = [], [], 1  # tokens before `predicted` are done; the very first has no prediction
+    sequences, firsts, starts = [], [], []
+    predicted = 1  # tokens before it are done; the very first has no prediction
     for start in range(0, len(text), stride):
         end = min(start + ctx, len(text))
         first = max(0, predicted - 1 - start)  # a stride of ctx leaves each window's first token without a past
         if first < end - start - 1:
             sequences.append(text[start:end])
             firsts.append(first)
+            starts.append(start)
         predicted = end
         if end == len(text):
             break
-    return Windows("hf", ctx, tuple(sequences), tuple(firsts))
+    return Windows("hf", ctx, tuple(sequences), tuple(firsts), tuple(starts))
 
 
-def measure(stream: Stream, windows: Windows) -> Perplexity:
-    """Run the windows and score them. Raises what Stream.hidden raises, and TensorError if the model gives NaN."""
+def measure(stream: Stream, windows: Windows, spelled: Spelled | None = None) -> Perplexity:
+    """Run the windows and score them; by words and bytes, too, where `spelled` tells how many there are.
+
+    Raises what Stream.hidden raises, and TensorError if the model gives NaN.
+    """
     start = time.perf_counter()
     rows, targets = windows.rows(), windows.targets()
     nll = torch.empty(len(rows), dtype=torch.float64)
@@ -183,7 +249,7 @@ def measure(stream: Stream, windows: Windows) -> Perplexity:
             f"the model gives {float(nll[place])} from prediction {place} of {len(nll)} on: its weights hold NaN or "
             "Inf (`mixtools inspect --verify` finds them), or overflow in this dtype"
         )
-    return Perplexity(windows, nll, time.perf_counter() - start, tuple(stream.remarks))
+    return Perplexity(windows, nll, time.perf_counter() - start, tuple(stream.remarks), spelled)
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -191,3 +257,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     # a few rows at a time: what a sum makes on its way stays in the cache
     total = torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)])
     return total - logits.gather(-1, targets[:, None])[:, 0]
+
+
+def _exp(mean: float) -> float:
+    return math.exp(min(mean, 700.0))  # beyond, a float would overflow

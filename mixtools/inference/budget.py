@@ -13,6 +13,7 @@ from ..layouts.reader import Reader
 from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from . import products
+from .attention import BAND_ROWS
 
 HALF = 2  # bytes of a weight in bf16 or fp16
 
@@ -63,7 +64,8 @@ class Needs:
     logits: int  # one row of logits and what is made of it
 
     @classmethod
-    def of(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Needs:
+    def of(cls, reader: Reader, device: torch.device, dtype: torch.dtype, longest: int) -> Needs:
+        """`longest`: tokens of the longest sequence."""
         config, size = reader.config, dtype.itemsize
         d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
         heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -76,12 +78,17 @@ class Needs:
         # every token may go to one expert: gate and up, silu, product; the sum is fp32
         experts = size * (3 * d + 4 * f) + 4 * 3 * d
         shapes = ((2 * f, d), (d, f), (heads, d), (d, config.num_heads * config.head_dim))
+        # a mask as it is made and as the product takes it, and the result put together from runs of rows
+        window = config.sliding_window
+        banded = window is not None and window < longest
+        band = BAND_ROWS * min(BAND_ROWS + (window or 0), longest) * (3 + size) if banded else 0
+        attention += size * config.num_heads * config.head_dim * banded
         widened = device.type == "cpu" and not products.native(dtype)
         return cls(
             embed=table,
             layer=layer_bytes(config, size) + 4 * config.num_experts * d,
             row=d * size,
-            aside=2 * stored + 2 * f * d * size + max(map(products.block_bytes, shapes)),
+            aside=2 * stored + 2 * f * d * size + max(map(products.block_bytes, shapes)) + band,
             token=size * 3 * d + max(attention, experts) + widened * max(map(products.token_bytes, shapes)),
             head=table + products.block_bytes((v, d)),
             logits=4 * (5 * v + 3 * d) + products.token_bytes((v, d)),

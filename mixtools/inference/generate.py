@@ -62,7 +62,7 @@ def stream(model: Mixtral, prompts: Sequence[Sequence[int]], options: Options | 
     if not prompts:
         return
     samplers = [Sampler(options) for _ in prompts]
-    limits = [min(options.max_new_tokens, model.config.max_position_embeddings - len(ids)) for ids in prompts]
+    limits = [min(options.max_new_tokens, model.config.reach - len(ids)) for ids in prompts]
     made = [0] * len(prompts)
     alive = list(range(len(prompts)))  # the prompt of each row of the batch
     logits, cache = prefill(model, prompts, max(limits), options.prefill)
@@ -109,7 +109,7 @@ def prefill(model: Mixtral, prompts: Sequence[Sequence[int]], room: int, columns
     padding = torch.tensor([longest - len(ids) for ids in prompts], device=model.device)
     ids = torch.tensor([[PAD] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
     # without padding there is no mask, and attention takes its fastest way
-    cache = Cache(model, len(prompts), longest + room, padding if padding.any() else None)
+    cache = Cache(model, len(prompts), longest + room, padding if padding.any() else None, longest)
     for start in range(0, longest, columns):
         hidden = model.hidden(ids[:, start : start + columns], cache)
     return model.head(hidden[:, -1]).cpu(), cache
@@ -152,7 +152,5 @@ def _check(model: Mixtral, prompts: Sequence[Sequence[int]]) -> None:
             raise UsageError(
                 f"prompt {index} holds an id outside the vocabulary of {config.vocab_size}: another model's tokenizer?"
             )
-        if len(ids) >= config.max_position_embeddings:
-            raise UsageError(
-                f"prompt {index} has {len(ids)} tokens, the model {config.max_position_embeddings} positions"
-            )
+        if len(ids) >= config.reach:
+            raise UsageError(f"prompt {index} has {len(ids)} tokens, the model {config.reach} positions")

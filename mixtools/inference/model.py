@@ -5,14 +5,15 @@
                         └  x + experts(norm(x))        router picks K of E per token
 
 The parts stand alone, so that a layer at a time can be loaded, run over all the text, and refilled (stream.py).
-Letters in shapes: B sequences, T positions of this pass, S positions seen so far, N = B*T tokens, D hidden size,
-H heads, G key-value heads, hd head size, E experts, K experts per token, F expert size, V vocabulary.
+What attention does between positions is in attention.py. Letters in shapes: B sequences, T positions of this pass,
+S positions seen so far, N = B*T tokens, D hidden size, H heads, G key-value heads, hd head size, E experts, K experts
+per token, F expert size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ..layouts.reader import Reader
 from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
 from . import budget, host, products
+from .attention import LayerCache, Span, attend, rotate, span
 
 
 class Observer(Protocol):
@@ -41,81 +43,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [.., D] over its root mean square, in fp32, back in x's dtype, times weight [D]."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-# --- where in their sequences the tokens of a pass stand ---------------------------------------------------------
-
-
-class Span(NamedTuple):
-    """The positions of one pass: shared by all layers, made once by `span`."""
-
-    cos: Tensor  # [B or 1, 1, T, hd/2], fp32
-    sin: Tensor
-    start: int  # columns of the cache that are filled before this pass
-    mask: Tensor | None  # [B, 1, T, S] bool, True = may look; None = no padding, every column in use
-
-
-def span(
-    config: MixtralConfig, length: int, device: torch.device, start: int = 0, padding: Tensor | None = None
-) -> Span:
-    """Positions start .. start+length of sequences whose first `padding` [B] columns are not text.
-
-    Positions count from the first column that is text. Angles are fp32 products, as in every loader in use: at far
-    positions these differ from exact ones, and the model runs as others run it.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / config.rope_theta ** (half / config.head_dim)  # [hd/2]
-    row = torch.arange(start, start + length, device=device)[None]  # [1, T]
-    col = torch.arange(start + length, device=device)  # [S]
-    mask = None
-    if padding is not None:
-        left = padding[:, None]  # [B, 1]
-        text = (col[None, None] <= row[..., None]) & (col[None, None] >= left[..., None])
-        itself = col[None, None] == row[..., None]  # a padding row that sees nothing would be NaN
-        mask = (text | itself)[:, None]
-        row = (row - left).clamp(min=0)
-    elif start and length > 1:
-        mask = (col[None] <= row[0, :, None])[None, None]
-    angle = row.float()[:, None, :, None] * frequency
-    return Span(angle.cos(), angle.sin(), start, mask)
-
-
-def rotate(x: Tensor, where: Span) -> Tensor:
-    """Rotary positions on x [B, heads, T, hd]: its halves are the two coordinates (Hugging Face order)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = (first * where.cos - second * where.sin, second * where.cos + first * where.sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
-
-
-class LayerCache:
-    """Keys and values of one layer: [B, G, capacity, hd] each."""
-
-    def __init__(self, config: MixtralConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-
-    def append(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Put [B, G, T, hd] at column `start`; all columns so far, [B, G, start+T, hd]."""
-        end = start + keys.shape[2]
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these sequences only."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, where: Span) -> Tensor:
-    """softmax(q k' / sqrt(hd)) v: q [B, H, T, hd], k and v [B, G, S, hd] -> [B, H, T, hd]."""
-    batch, heads, length, size = q.shape
-    if length == 1:
-        # the H/G queries of a key-value head as rows of one product: in bf16 on a CPU 12 times faster than enable_gqa
-        q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask).reshape(batch, heads, 1, size)
-    causal = where.mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask, is_causal=causal, enable_gqa=True)
 
 
 # --- the parts ---------------------------------------------------------------------------------------------------
@@ -305,10 +232,14 @@ class Head:
 class Cache:
     """Keys and values of every layer, for `batch` sequences of up to `capacity` columns."""
 
-    def __init__(self, model: Mixtral, batch: int, capacity: int, padding: Tensor | None = None) -> None:
-        """`padding` [B]: how many of the first columns of each sequence are not text; None where all are."""
+    def __init__(
+        self, model: Mixtral, batch: int, capacity: int, padding: Tensor | None = None, prompt: int = 0
+    ) -> None:
+        """`padding` [B]: how many of the first columns of each sequence are not text; None where all are. `prompt`: how
+        many columns come first that are one text, in however many passes: dynamic scaling turns all by its length.
+        """
         self.layers = [LayerCache(model.config, batch, capacity, model.device, model.dtype) for _ in model.layers]
-        self.capacity, self.used, self.padding = capacity, 0, padding
+        self.capacity, self.used, self.padding, self.prompt = capacity, 0, padding, prompt
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences only, [n] indices into the batch."""
@@ -362,10 +293,10 @@ class Mixtral:
 
         Raises ValueError if the cache has no room for T more columns.
         """
-        start, padding = (cache.used, cache.padding) if cache else (0, None)
+        start, padding, prompt = (cache.used, cache.padding, cache.prompt) if cache else (0, None, 0)
         if cache and start + ids.shape[1] > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} columns, {start + ids.shape[1]} are asked for")
-        where = span(self.config, ids.shape[1], self.device, start, padding)
+        where = span(self.config, ids.shape[1], self.device, start, padding, prompt=prompt)
         x = self.embedding(ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, where, cache.layers[index] if cache else None, observer)

@@ -29,7 +29,8 @@ from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
 from ..storage.store import CHUNK, Bits
 from . import budget
-from .model import Embedding, Head, Layer, Observer, Span, copy, span
+from .attention import Span, span
+from .model import Embedding, Head, Layer, Observer, copy
 from .states import States
 
 PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
@@ -86,9 +87,9 @@ class Stream:
         `held`: bytes in memory already, that stay there. Raises MemoryBudgetError, which names the least that works, if
         even one layer at a time does not fit.
         """
-        needs = budget.Needs.of(self.reader, self.device, self.dtype)
-        held += self.reserved
         longest, tokens = max(lengths, default=0), sum(lengths)
+        needs = budget.Needs.of(self.reader, self.device, self.dtype, longest)
+        held += self.reserved
         states = copies * tokens * self.config.hidden_size * self.dtype.itemsize
         target = max(longest, min(tokens, PASS_TOKENS.get(self.device.type, PASS_TOKENS_ACCELERATOR)))
         rows = max(1, min(tokens, LOGIT_ROWS))

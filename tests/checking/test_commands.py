@@ -12,9 +12,11 @@ import torch
 from mixtral_oracle import DATA, NANO
 from safetensors.torch import load_file, save_file
 
+import mixtools as api
 from mixtools import conversion, job
 from mixtools.checking import perplexity
 from mixtools.cli.main import main
+from mixtools.errors import UsageError
 from mixtools.inference.stream import Stream
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.text.tokenizer import Tokenizer
@@ -63,6 +65,61 @@ def test_perplexity_is_told_in_a_line(mixtools):
     assert code == 0
     assert out.startswith("perplexity 65.")  # beyond the 256 positions that nano was trained on
     assert "over 765 tokens (protocol llamacpp, ctx 512)" in out
+
+
+def test_words_bytes_line_ends_and_experts_are_told(mixtools, tmp_path):
+    folder = Path(shutil.copytree(NANO, tmp_path / "three"))
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "moe": {"num_experts": 8, "num_experts_per_tok": 3}}))
+    file = tmp_path / "windows.txt"
+    file.write_bytes(TEXT.read_bytes().replace(b"\n", b"\r\n"))
+    rest = ("--ctx", 256, "--dtype", "f32")
+    _, expected, _ = mixtools("perplexity", folder, "--text", TEXT, *rest, "--json")
+    code, found, _ = mixtools("perplexity", NANO, "--text", TEXT, "--experts-per-token", 3, *rest, "--json")
+    assert code == 0
+    figures = ("perplexity", "word_perplexity", "byte_perplexity", "stderr", "tokens")
+    assert [found[name] for name in figures] == [expected[name] for name in figures]
+    assert (expected["remarks"], found["remarks"]) == ([], ["3 experts a token, where the model has 2"])
+    code, out, _ = mixtools("perplexity", NANO, "--text", file, "--experts-per-token", 2, *rest)
+    assert code == 0
+    assert "  word perplexity " in out and ", byte perplexity " in out
+    assert "Windows line ends (CRLF)" in out and "experts a token" not in out
+
+
+def test_check_tells_windows_line_ends(mixtools, hf, tmp_path):
+    file = tmp_path / "windows.txt"
+    file.write_bytes(TEXT.read_bytes().replace(b"\n", b"\r\n"))
+    for text, told in ((TEXT, False), (file, True)):
+        arguments = ("--against", NANO, "--text", text, "--ctx", 256, "--new-tokens", 0, "--json")
+        code, found, _ = mixtools("check", hf, *arguments)
+        assert code == 0
+        assert any("Windows line ends (CRLF)" in remark for remark in found["remarks"]) is told
+
+
+def test_generate_takes_another_number_of_experts(mixtools, tmp_path):
+    folder = Path(shutil.copytree(NANO, tmp_path / "one"))
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "moe": {"num_experts": 8, "num_experts_per_tok": 1}}))
+    rest = ("--prompt", "The following", "--max-new-tokens", 12, "--dtype", "f32", "--json")
+    _, expected, _ = mixtools("generate", folder, *rest)
+    code, found, _ = mixtools("generate", NANO, "--experts-per-token", 1, *rest)
+    assert code == 0
+    assert found["tokens"] == expected["tokens"]
+    _, plain, _ = mixtools("generate", NANO, *rest)
+    assert found["tokens"] != plain["tokens"]
+    code, _, err = mixtools("generate", NANO, "--experts-per-token", 1, *rest[:-1])
+    assert code == 0
+    assert "1 experts a token, where the model has 2" in err
+
+
+@pytest.mark.parametrize("number", [0, 9, -1])
+def test_experts_that_the_model_has_not_are_refused(mixtools, number):
+    for command in (["perplexity", NANO, "--text", TEXT, "--ctx", 64], ["generate", NANO, "--prompt", "x"]):
+        code, _, err = mixtools(*command, "--experts-per-token", number)
+        assert code == 2
+        assert "experts-per-token" in err
+    with pytest.raises(UsageError, match=f"--experts-per-token {number}: the model has 1 to 8"):
+        api.perplexity(NANO, TEXT, ctx=64, experts_per_token=number)
 
 
 @pytest.mark.parametrize(

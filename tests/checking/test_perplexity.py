@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from mixtools.errors import InputError, TensorError, UsageError
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader
 from mixtools.names import Role, Slot
+from mixtools.scaling import RopeScaling
 from mixtools.text.tokenizer import Tokenizer
 
 BOS = 1
@@ -110,11 +113,134 @@ def test_max_tokens_takes_the_first_of_the_text(nano, ids):
 
 def test_the_document_holds_what_the_command_line_promises(nano, ids):
     found = ours(nano, ids, "llamacpp", ctx=256).document()
-    promised = {"perplexity", "stderr", "tokens", "protocol", "ctx", "seconds", "peak_memory_bytes"}
+    promised = {
+        "perplexity",
+        "word_perplexity",
+        "byte_perplexity",
+        "stderr",
+        "tokens",
+        "protocol",
+        "ctx",
+        "seconds",
+        "peak_memory_bytes",
+    }
     assert found.keys() == promised | {"remarks"}
     assert (found["protocol"], found["ctx"], found["tokens"]) == ("llamacpp", 256, len(ids) // 256 * 127)
     assert 10 < found["perplexity"] < 200
     assert found["peak_memory_bytes"] > 50_000_000
+
+
+# --- by words and bytes ---
+
+
+def surfaces(text: str) -> list[str]:
+    """Of BOS and every token the part of the text that it stands for, by SentencePiece itself."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(NANO / "tokenizer.model"))
+    offsets = pieces.encode_as_offset_mapping(text)["offsets"]
+    return ["", *(text[start:end] for start, end in offsets)]
+
+
+MIXED = "Ein Größenvergleich:\n  naïve 日本語 café 🙂🙂\tund mehr.\n\n" * 12
+
+
+@pytest.mark.parametrize("text", [(DATA / "text.txt").read_text("utf-8"), MIXED], ids=["text", "mixed"])
+@pytest.mark.parametrize(
+    ("protocol", "options", "counted"),
+    [
+        ("gptq", {"ctx": 64}, lambda i, n: i % 64 and i < n // 64 * 64),
+        ("llamacpp", {"ctx": 64}, lambda i, n: i % 64 > 32 and i < n // 64 * 64),
+        ("hf", {"ctx": 100}, lambda i, n: i),
+        ("hf", {"ctx": 100, "stride": 33}, lambda i, n: i),
+        ("hf", {"ctx": 50, "stride": 50}, lambda i, n: i % 50),
+        ("gptq", {"ctx": 64, "max_tokens": 200}, lambda i, n: i % 64 and i < 192),
+    ],
+)  # fmt: skip
+def test_counted_tokens_spell_what_sentencepiece_says(text, protocol, options, counted):
+    tokenizer = Tokenizer.from_folder(NANO)
+    ids, parts = tokenizer.encode(text), surfaces(text)
+    assert len(ids) == len(parts) and "".join(parts) == text
+    windows = perplexity.cut(ids, protocol, bos_id=BOS, **options)
+    expected = "".join(part for i, part in enumerate(parts) if counted(i, len(ids)))
+    found = perplexity.spell(tokenizer, ids, windows)
+    assert found == (len(expected.split()), len(expected.encode("utf-8")))
+    places = windows.places()
+    assert places == [i for i in range(len(ids)) if counted(i, len(ids))]
+    assert [ids[place] for place in places] == windows.targets().tolist()
+
+
+def test_all_of_a_text_is_its_words_and_bytes_as_lm_evaluation_harness_counts_them(nano, ids):
+    """Its word_perplexity is exp(-loglikelihood / len(re.split(r"\\s+", document))), and that of bytes accordingly."""
+    text = (DATA / "text.txt").read_text("utf-8").strip()
+    tokenizer = Tokenizer.from_folder(NANO)
+    ids = tokenizer.encode(text)
+    windows = perplexity.cut(ids, "hf", bos_id=BOS, ctx=256)
+    found = perplexity.measure(Stream(nano, dtype=torch.float32), windows, perplexity.spell(tokenizer, ids, windows))
+    total = float(found.nll.sum())
+    assert len(found.nll) == len(ids) - 1
+    assert found.word_perplexity == pytest.approx(math.exp(total / len(re.split(r"\s+", text))), rel=1e-12)
+    assert found.byte_perplexity == pytest.approx(math.exp(total / len(text.encode("utf-8"))), rel=1e-12)
+    assert 1 < found.byte_perplexity < found.perplexity < found.word_perplexity
+    document = found.document()
+    assert document["word_perplexity"] == found.word_perplexity
+    assert document["byte_perplexity"] == found.byte_perplexity
+
+
+def test_where_nothing_is_spelled_nothing_is_divided_by(nano, ids):
+    windows = perplexity.cut(ids, "gptq", bos_id=BOS, ctx=64)
+    nll = torch.ones(len(windows.targets()), dtype=torch.float64)
+    for spelled in (None, perplexity.Spelled(0, 0)):
+        found = perplexity.Perplexity(windows, nll, 1.0, (), spelled)
+        assert found.word_perplexity is None and found.byte_perplexity is None
+    found = perplexity.Perplexity(windows, nll, 1.0, (), perplexity.Spelled(0, len(nll)))
+    assert found.word_perplexity is None and found.byte_perplexity == pytest.approx(math.e)
+    found = perplexity.Perplexity(windows, nll, 1.0, (), perplexity.Spelled(1, 1))
+    assert found.word_perplexity == math.exp(700)  # and no OverflowError
+
+
+def test_windows_line_ends_are_told():
+    assert perplexity.line_ends("a\nb\rc\n") is None
+    told = perplexity.line_ends("a\r\nb\n")
+    assert "Windows line ends (CRLF)" in told and "tr -d '\\r'" in told
+
+
+def test_the_same_words_have_another_perplexity_with_windows_line_ends(nano):
+    """What the remark is for."""
+    tokenizer = Tokenizer.from_folder(NANO)
+    text = (DATA / "text.txt").read_text("utf-8")
+    plain, other = tokenizer.encode(text), tokenizer.encode(text.replace("\n", "\r\n"))
+    assert len(other) > len(plain)
+    assert ours(nano, other, "gptq", ctx=256).perplexity > 1.1 * ours(nano, plain, "gptq", ctx=256).perplexity
+
+
+# --- what the configuration changes ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 64},
+        {"rope_scaling": RopeScaling("linear", 4.0)},
+        {"rope_scaling": RopeScaling("dynamic", 2.0), "max_position_embeddings": 100},
+        {"experts_per_token": 3},
+        {"experts_per_token": 1},
+    ],
+    ids=str,
+)
+def test_perplexity_of_a_changed_configuration_is_that_of_transformers(nano, ids, change):
+    tensors = {slot: nano.read(slot) for slot in nano.slots()}
+    changed = MemoryReader(dataclasses.replace(nano.config, **change), tensors)
+    model, total, count = transformers_model(changed), 0.0, 0
+    for start in range(0, len(ids) // 256 * 256, 256):
+        window = torch.tensor([ids[start : start + 256]])
+        total += float(F.cross_entropy(model(window).logits[0, :-1], window[0, 1:], reduction="sum"))
+        count += 255
+    found = ours(changed, ids, "gptq", ctx=256).perplexity
+    assert found == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found != pytest.approx(ours(nano, ids, "gptq", ctx=256).perplexity, rel=1e-3)
+
+
+# --- texts and options ---
 
 
 def test_the_tokenizer_gives_the_ids_of_sentencepiece(ids):

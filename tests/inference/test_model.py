@@ -9,7 +9,8 @@ from mixtral_oracle import DATA, SHAPES, of_range, read_nano, transformers_model
 
 from mixtools.errors import LayoutError, MemoryBudgetError, TensorError
 from mixtools.inference import budget
-from mixtools.inference.model import Cache, Head, Layer, Mixtral, span
+from mixtools.inference.attention import span
+from mixtools.inference.model import Cache, Head, Layer, Mixtral
 from mixtools.layouts.memory import MemoryReader, random_reader
 from mixtools.names import Role, Slot, layer_slots
 

@@ -13,7 +13,8 @@ from streaming import allocated, least_memory, some_ids
 
 from mixtools.errors import TensorError
 from mixtools.inference import budget, host, products
-from mixtools.inference.model import Layer, Mixtral, span
+from mixtools.inference.attention import span
+from mixtools.inference.model import Layer, Mixtral
 from mixtools.inference.stream import Arriving, Stream
 from mixtools.layouts.memory import MemoryReader, random_reader
 from mixtools.names import Role, Slot, layer_slots
@@ -195,7 +196,7 @@ def test_a_pass_takes_what_the_plan_counts_for_its_tokens(native, monkeypatch):
     monkeypatch.setattr(products, "native", lambda kind: native or kind == torch.float32)
     config = replace(SHAPES["mqa"], intermediate_size=2048)
     reader = random_reader(config, seed=1, dtype=torch.bfloat16)
-    needs = budget.Needs.of(reader, torch.device("cpu"), torch.bfloat16)
+    needs = budget.Needs.of(reader, torch.device("cpu"), torch.bfloat16, longest=64)
     layer = Layer.load(reader, 0, torch.device("cpu"), torch.bfloat16)
     layer.router.zero_()
     x = torch.randn(32, 64, config.hidden_size).bfloat16()
