@@ -31,4 +31,5 @@ ComputeDtype = Annotated[str, Option("auto|bf16|f16|f32", "To compute in; auto: 
 Protocol = Annotated[str, Option("gptq|llamacpp|hf", "How the text is cut and counted.")]
 Ctx = Annotated[int | None, Option("N", "Tokens a window: 2048; for llamacpp 512.")]
 Stride = Annotated[int | None, Option("N", "Of the protocol hf: ctx/2.")]
+ParseSpecial = Annotated[bool, Option("", "Special tokens in the text are meant, such as <|im_start|>.")]
 MaxTokens = Annotated[int | None, Option("N", "Take the text's first N tokens.", low=2)]
