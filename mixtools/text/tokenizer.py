@@ -95,7 +95,7 @@ class Tokenizer:
         rows, pieces = config.vocab_size, self.vocab_size
         remarks = [*self.remarks]
         if rows < pieces:
-            first = next(text for text, index in self._engine.ids.items() if index >= rows)
+            _, first = min((index, text) for text, index in self._engine.ids.items() if index >= rows)
             remarks.append(
                 f"{self.file}: {pieces} pieces for a model of {rows}; ids from {rows} on ({first!r}) cannot be used"
             )
