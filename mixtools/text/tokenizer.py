@@ -37,6 +37,8 @@ class Tokenizer:
     def __init__(self, engine: Engine, declared: Declared) -> None:
         self.file = engine.file
         self.remarks = engine.remarks
+        if engine.after:
+            self.remarks += (f"{engine.file}: EOS goes after every text, as its documents say (add_eos_token)",)
         self.special: Mapping[str, int] = engine.special  # ids of the special tokens
         self._engine = engine
         self._declared = declared

@@ -15,7 +15,7 @@ from converting import NANO
 from transformers import AutoTokenizer
 
 from mixtools.errors import ConfigError, TokenizerError
-from mixtools.text.tokenizer import Tokenizer
+from mixtools.text.tokenizer import Tokenizer, has_tokenizer
 
 TEXTS = (
     "",
@@ -168,6 +168,17 @@ def test_bos_that_two_documents_see_otherwise_is_told(tmp_path: Path) -> None:
     assert "says add_bos_token false, tokenizer.json puts BOS before a text; the latter holds" in remark
 
 
+def test_an_end_after_every_text_is_told(tmp_path: Path) -> None:
+    folder = finetunes.chatml(tmp_path / "model", tokenizer="model")
+    finetunes.edit(folder / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+    ours = Tokenizer.from_folder(folder)
+    assert ours.encode("The following") == [421, 281, 1291, 300, 2048]
+    assert ours.encode("The following", bos=False) == [421, 281, 1291, 300]
+    assert ours.remarks == (
+        f"{folder / 'tokenizer.model'}: EOS goes after every text, as its documents say (add_eos_token)",
+    )
+
+
 def test_ids_that_two_documents_see_otherwise_are_told(tmp_path: Path) -> None:
     folder = with_tokenizer_json(tmp_path)
     finetunes.edit(folder / "tokenizer_config.json", added_tokens_decoder=None)
@@ -238,6 +249,16 @@ def test_both_files_and_they_disagree(change: str, tmp_path: Path) -> None:
 def test_mistrals_names_for_the_file(name: str, tmp_path: Path) -> None:
     shutil.copyfile(NANO / "tokenizer.model", tmp_path / name)
     assert Tokenizer.from_folder(tmp_path).encode("The following") == [1, 421, 281, 1291, 300]
+
+
+def test_has_tokenizer(tmp_path: Path) -> None:
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model.v3").write_bytes(b"")
+    assert has_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model.v3").rename(tmp_path / "tokenizer.json")
+    assert has_tokenizer(tmp_path)
 
 
 def test_later_versions_and_several_that_differ_are_refused(tmp_path: Path) -> None:
