@@ -32,4 +32,5 @@ Protocol = Annotated[str, Option("gptq|llamacpp|hf", "How the text is cut and co
 Ctx = Annotated[int | None, Option("N", "Tokens a window: 2048; for llamacpp 512.")]
 Stride = Annotated[int | None, Option("N", "Of the protocol hf: ctx/2.")]
 ExpertsPerToken = Annotated[int | None, Option("N", "Through which each token goes; default: the model's own.", low=1)]
+ParseSpecial = Annotated[bool, Option("", "Special tokens in the text are meant, such as <|im_start|>.")]
 MaxTokens = Annotated[int | None, Option("N", "Take the text's first N tokens.", low=2)]

@@ -55,7 +55,7 @@ def chatml(
     weights[EMBED] = torch.cat([embed, embed[100:102]])
     weights[HEAD] = torch.cat([head, head[1359:1360] * 1.05, head[101:102]])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    edit(folder / "config.json", vocab_size=2050, eos_token_id=IM_END, **(config or {}))
+    edit(folder / "config.json", **{"vocab_size": 2050, "eos_token_id": IM_END, **(config or {})})
     edit(folder / "generation_config.json", eos_token_id=IM_END)
     edit(folder / "special_tokens_map.json", eos_token="<|im_end|>")
     _tokens(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..api.generating import talker
+from ..api.generating import check_chat, opening, talker
 from ..errors import UsageError
 from ..verbs import Verb
 from . import base
@@ -35,13 +35,14 @@ def _talk(values: dict[str, Any], screen: base.Screen) -> None:
     """Turns from standard input, one a line, until it ends."""
     if screen.as_json:
         raise UsageError("--chat without --prompt is a conversation; --json needs --prompt")
+    check_chat(values["chat"], values["system"], values["parse_special"])
+    messages = opening(values["system"])
     ready = talker(
         values.pop("model"), progress=screen.progress(),
-        **{name: value for name, value in values.items() if name not in ("prompt", "chat")},
+        **{name: value for name, value in values.items() if name not in ("prompt", "chat", "system")},
     )  # fmt: skip
     for note in ready.notes:
         screen.note(note)
-    messages: list[dict[str, object]] = []
     screen.note("one line is one turn; end with Ctrl-D")
     while True:
         if sys.stdin.isatty():

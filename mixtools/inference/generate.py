@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .model import Cache, Mixtral
 
-EOS = 2  # of every Mixtral tokenizer
+EOS = 2  # of mistral's own tokenizers; a fine-tune may declare others (Tokenizer.end_ids)
 PAD = 0  # fills columns that no token looks at
 
 

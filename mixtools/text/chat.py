@@ -93,7 +93,8 @@ def template(style: Style, control: Iterable[str]) -> str:
     """The Jinja template that renders the prompt of `style`; `control` lists the tokens to defuse in users' text.
 
     For a tokenizer.json that puts a dummy blank before each stretch between control tokens (tokenizer.hf_files). Text
-    without control tokens renders without MARKER, so that other engines read the same template.
+    without control tokens renders without MARKER. Other engines than jinja2 read the same template (llama.cpp's own,
+    minijinja), so it keeps to what they all have: no `//`, nothing computed, no filter but `replace`.
     """
     user, assistant, place = _PARTS[style]
     broken = {part: part[0] + MARKER + part[1:] for part in _defused(control)}
@@ -110,15 +111,19 @@ def template(style: Style, control: Iterable[str]) -> str:
         "{%- endif -%}",
         "{%- if not turns -%}{{- raise_exception('A conversation needs a user message.') -}}{%- endif -%}",
         "{{- bos_token -}}",
+        "{%- set next = namespace(role='user') -%}",
         "{%- for message in turns -%}",
-        "{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}",
+        "{%- if message['role'] != next.role -%}",
         "{{- raise_exception('Roles must alternate: user, assistant, user, ... after an optional system message.') -}}",
         "{%- endif -%}",
         "{%- if message['role'] == 'user' -%}",
+        "{%- set next.role = 'assistant' -%}",
         "{%- set ahead = plain(system) + '\\n\\n' if system and " + place + " else '' -%}",
         "{{- " + user + " -}}",
         "{%- else -%}",
+        "{%- set next.role = 'user' -%}",
         "{%- if not message['content'] -%}{{- raise_exception('An assistant message is empty.') -}}{%- endif -%}",
+        "{%- set answer = plain(message['content']) -%}",
         "{{- " + assistant + " + eos_token -}}",
         "{%- endif -%}",
         "{%- endfor -%}",
@@ -130,13 +135,13 @@ def template(style: Style, control: Iterable[str]) -> str:
 _PARTS = {
     Style.V1: (
         "'[INST] ' + ahead + plain(message['content']) + ' [/INST]'",
-        "' ' + plain(message['content'])",
+        "' ' + answer",
         "loop.first",
     ),
     Style.V3: (
         "'[INST]' + ahead + plain(message['content']) + '[/INST]'",
-        "plain(message['content']).rstrip(' ')",
-        "loop.index0 == (turns | length - 1) // 2 * 2",
+        "answer.rstrip(' ')",
+        "loop.revindex < 3",  # the last message or, where an assistant ends, the one before it
     ),
 }
 

@@ -22,6 +22,7 @@ JSON_FILE = "tokenizer.json"
 BLANK = "▁"  # U+2581: SentencePiece's spelling of a blank
 MAX_MODEL_BYTES = 1 << 26  # the largest tokenizer.model in use has 5 MB
 _BPE = 2  # TrainerSpec.ModelType
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Kind(IntEnum):
@@ -56,13 +57,17 @@ class Pieces:
 
 
 def read_model(model: Path) -> bytes:
-    """The bytes of a tokenizer.model. Raises TokenizerError if it is missing, unreadable or far too large."""
+    """The bytes of a tokenizer's file. Raises TokenizerError if it is missing, unreadable, far too large, or what Git
+    LFS leaves in its place (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
     try:
         if model.stat().st_size > MAX_MODEL_BYTES:
             raise TokenizerError(f"is larger than {MAX_MODEL_BYTES} bytes; not a tokenizer", file=model)
-        return model.read_bytes()
+        data = model.read_bytes()
     except OSError as error:
         raise TokenizerError(f"cannot be read ({error.strerror})", file=model) from None
+    if data.startswith(_LFS_POINTER):
+        raise TokenizerError("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`", file=model)
+    return data
 
 
 def sentencepiece_encoder(data: bytes, file: Path) -> Callable[[str], list[int]]:

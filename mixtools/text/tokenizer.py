@@ -1,84 +1,126 @@
-"""Tokenizer: text to ids and back, conversations to ids, and the files that Hugging Face's loaders read."""
+"""Tokenizer: text to ids and back, conversations to ids. hf_files: the files that Hugging Face's loaders read.
+
+folder ─► declared.py      tokenizer_config.json, added_tokens.json, template, ends
+   ├────► from_json.py     tokenizer.json, where it is there ─┐
+   └────► from_model.py    tokenizer.model else ──────────────┴► Engine ─► Tokenizer
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import TokenizerError
 from . import chat
-from .pieces import BLANK, JSON_FILE, MODEL_FILE, Kind, read_model, read_pieces, sentencepiece_encoder
+from .declared import CONFIG_FILE, Declared, has_tokenizer, model_file
+from .decoding import Decoder
+from .engine import Engine
+from .from_json import read_tokenizer_json
+from .from_model import read_tokenizer_model
+from .pieces import JSON_FILE, MODEL_FILE, Kind, read_model, read_pieces, sentencepiece_encoder
 from .tokenizer_files import hf_files
 
 if TYPE_CHECKING:
     from ..config import MixtralConfig
 
-__all__ = ["StreamDecoder", "Tokenizer", "hf_files"]
-
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_REPLACEMENT = "\ufffd"
-
-# what an id stands for: text with U+2581 for blanks, a byte, or nothing that is ever printed (a control token)
-Meaning = str | int | None
+__all__ = ["Tokenizer", "has_tokenizer", "hf_files"]
 
 
 class Tokenizer:
-    """A Mixtral's tokenizer: SentencePiece's where tokenizer.model is there, else tokenizer.json's."""
+    """A Mixtral's tokenizer, the one that transformers would use: tokenizer.json's, else tokenizer.model's.
 
-    def __init__(
-        self,
-        file: Path,
-        meanings: Sequence[Meaning],
-        control: Mapping[str, int],
-        encode: Callable[[str], list[int]],
-    ) -> None:
-        """`meanings`: one for each id. `control`: ids of the control tokens. `encode`: text to ids, without BOS."""
-        self.file = file
-        self._meanings = meanings
-        self._control = control
-        self._encode = encode
-        missing = {"<s>", "</s>"} - control.keys()
-        if missing:
-            raise TokenizerError(f"lacks the control token {' and '.join(sorted(missing))}", file=file)
-        self.bos_id = control["<s>"]
-        self.eos_id = control["</s>"]
+    `remarks`: what a user should know of the files, such as that the two disagree.
+    """
+
+    def __init__(self, engine: Engine, declared: Declared) -> None:
+        self.file = engine.file
+        self.remarks = engine.remarks
+        if engine.after:
+            self.remarks += (f"{engine.file}: EOS goes after every text, as its documents say (add_eos_token)",)
+        self.special: Mapping[str, int] = engine.special  # ids of the special tokens
+        self._engine = engine
+        self._declared = declared
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
-        """The tokenizer of a model folder. Raises TokenizerError if there is none, or it is damaged or not BPE."""
+        """The tokenizer of a model folder. Raises TokenizerError if there is none, or it is damaged or not BPE, and
+        ConfigError for another document of the folder that is damaged."""
         folder = Path(folder)
-        if (model := folder / MODEL_FILE).exists():
-            return _from_model(model)
+        declared = Declared.of(folder)
+        model = model_file(folder)
         if (document := folder / JSON_FILE).exists():
-            return _from_json(document)
-        raise TokenizerError(f"holds neither {MODEL_FILE} nor {JSON_FILE}", file=folder)
+            engine = read_tokenizer_json(document, declared)
+            if model is not None and (remark := _disagreement(engine, model)):
+                engine = dataclasses.replace(engine, remarks=(*engine.remarks, remark))
+            return cls(engine, declared)
+        if model is None:
+            raise TokenizerError(f"holds neither {JSON_FILE} nor {MODEL_FILE}", file=folder)
+        return cls(read_tokenizer_model(model, declared), declared)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._meanings)
+        """One more than the highest id."""
+        return len(self._engine.meanings)
+
+    @property
+    def bos_id(self) -> int:
+        """Raises TokenizerError if neither the tokenizer nor config.json tells one."""
+        if (found := self._id("bos_token", "<s>", *self._engine.before)) is None:
+            raise TokenizerError("has no token for the beginning of a text (bos_token)", file=self.file)
+        return found
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id("eos_token", "</s>")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end generation: generation_config.json's or config.json's, else the tokenizer's EOS."""
+        return self._declared.ends or (() if self.eos_id is None else (self.eos_id,))
+
+    def _id(self, name: str, usual: str, *around: int) -> int | None:
+        """By the folder's documents, the ids round every text, and the usual spelling."""
+        ids, spelled = self._engine.ids, self._declared.names.get(name, "")
+        if spelled in ids:
+            return ids[spelled]
+        usuals = [ids[usual]] if usual in ids else []
+        return next(iter([*self._declared.ids.get(name, ()), *around, *usuals]), None)
 
     def check_vocab(self, config: MixtralConfig) -> str | None:
-        """Compare with the model's vocabulary: None if equal, a remark if the model's is padded.
+        """What a user should know of this tokenizer with this model: `remarks`, and vocabularies that differ in size.
 
-        Raises TokenizerError if the model is smaller: it has no embedding for some ids.
+        None if all is well. A tokenizer that has more ids than the model has rows is no fault until one of those is
+        used: see expect_known.
         """
         rows, pieces = config.vocab_size, self.vocab_size
+        remarks = [*self.remarks]
         if rows < pieces:
-            raise TokenizerError(
-                "this tokenizer does not belong to the model: more pieces than the model has embeddings",
-                file=self.file,
-                expected=f"at most {rows}",
-                found=pieces,
+            _, first = min((index, text) for text, index in self._engine.ids.items() if index >= rows)
+            remarks.append(
+                f"{self.file}: {pieces} pieces for a model of {rows}; ids from {rows} on ({first!r}) cannot be used"
             )
-        if rows == pieces:
-            return None
-        return f"{self.file}: {pieces} pieces for a model of {rows}; ids from {pieces} on are padding or added later"
+        elif rows > pieces:
+            remarks.append(
+                f"{self.file}: {pieces} pieces for a model of {rows}; ids from {pieces} on are padding or added later"
+            )
+        return "; ".join(remarks) or None
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, as SentencePiece gives them. What looks like a control token is text here.
+    def expect_known(self, ids: Iterable[int], config: MixtralConfig) -> None:
+        """Raises TokenizerError for an id beyond the model's rows, with its spelling."""
+        beyond = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+        if beyond is not None:
+            spelled = next((text for text, index in self._engine.ids.items() if index == beyond), "")
+            raise TokenizerError(
+                f"token {spelled!r} has the id {beyond}, and the model has {config.vocab_size} rows: the tokenizer "
+                "of another model, or tokens that were added without training them",
+                file=self.file,
+            )
+
+    def encode(self, text: str, bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Ids of `text`. What looks like a special token is text here, unless `parse_special`; added tokens that are
+        not special are always meant. `bos`: with what the tokenizer puts round every text, mostly BOS before it.
 
         Raises TokenizerError if `text` holds a lone surrogate, which no encoding of Unicode can carry.
         """
@@ -86,127 +128,80 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: a lone surrogate at {error.start}") from None
-        return [self.bos_id] * bos + self._encode(text)
+        ids = self._engine.encode(text, parse_special)
+        return [*self._engine.before, *ids, *self._engine.after] if bos else ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]], continue_final: bool = False) -> list[int]:
-        """Ids of a conversation, BOS included, ready for the model to answer (chat.py tells the format).
+    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        """Ids of a conversation, ready for the model to answer, in the model's own format.
 
-        `messages`: mappings with "role" (system, user, assistant) and "content" (text). A conversation that ends with
-        the assistant is closed by EOS, unless `continue_final`. Raises TokenizerError as chat.turns does.
+        `messages`: mappings with "role" (system, user, assistant) and "content" (text). By the folder's chat template;
+        mistral's own folders, which know none, mean mistral's format. Raises TokenizerError if the template refuses the
+        conversation, and for a model without one.
         """
-        style = chat.style_of(self._control)
+        template = self._declared.template()
+        if template is None and self._declared.is_mistrals:
+            return self.encode_instruct(messages)
+        if template is None:
+            raise TokenizerError(
+                f"has no chat template, neither in {CONFIG_FILE} nor in a file of its own: a base model? It can "
+                "continue a text, with --prompt and without --chat",
+                file=self._declared.folder,
+            )
+        from .rendering import render
+
+        names = self._declared.names
+        if not (self._declared.folder / JSON_FILE).exists():
+            names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **names}
+        try:
+            text = render(template, messages, add_generation_prompt=True, **names)
+        except ValueError as error:
+            raise TokenizerError(
+                f"the model's chat template refuses the conversation: {error}", file=self._declared.folder
+            ) from None
+        return self.encode(text, bos=False, parse_special=True)
+
+    def encode_instruct(self, messages: Sequence[Mapping[str, object]], continue_final: bool = False) -> list[int]:
+        """Ids of a conversation in mistral's own format, BOS included (chat.py tells it).
+
+        A conversation that ends with the assistant is closed by EOS, unless `continue_final`. Raises TokenizerError as
+        chat.turns does, and for a tokenizer without <s> and </s>.
+        """
+        if missing := {"<s>", "</s>"} - self.special.keys():
+            raise TokenizerError(f"lacks the control token {' and '.join(sorted(missing))}", file=self.file)
+        style = chat.style_of(self.special)
         ids: list[int] = []
         for text, is_control in chat.segments(chat.turns(messages, style), style, closed=not continue_final):
-            ids += [self._control[text]] if is_control else self.encode(text, bos=False)
+            ids += [self.special[text]] if is_control else self.encode(text, bos=False)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as SentencePiece gives it: no control tokens, without the blank that encoding put first."""
+        """Text of `ids`: no special tokens, and without the blank that SentencePiece puts first."""
         stream = self.stream()
         return "".join([stream.push(token) for token in ids]) + stream.finish()
 
-    def stream(self) -> StreamDecoder:
+    def stream(self) -> Decoder:
         """A decoder that takes one id at a time."""
-        return StreamDecoder(self._meanings)
+        return self._engine.stream()
 
 
-class StreamDecoder:
-    """Ids to text, one by one: the pieces of text joined are what decode gives for all ids.
-
-    A character spread over byte pieces comes out when its last byte is there; bytes that are no UTF-8 come out as
-    U+FFFD, one for each, as in SentencePiece.
-    """
-
-    def __init__(self, meanings: Sequence[Meaning]) -> None:
-        self._meanings = meanings
-        self._bytes = bytearray()
-        self._at_start = True
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often empty. Raises TokenizerError if it is not in the vocabulary."""
-        if not 0 <= token < len(self._meanings):
-            raise TokenizerError(f"id {token} is not in the vocabulary of {len(self._meanings)}")
-        meaning = self._meanings[token]
-        if isinstance(meaning, int):
-            self._bytes.append(meaning)
-            return self._drain(final=False)
-        text = self._drain(final=True)
-        if meaning is None:
-            return text
-        if self._at_start and meaning.startswith(BLANK):
-            meaning = meaning[1:]
-            self._at_start = False
-        self._at_start &= not meaning
-        return text + meaning.replace(BLANK, " ")
-
-    def finish(self) -> str:
-        """What is left: bytes that wait for more."""
-        return self._drain(final=True)
-
-    def _drain(self, final: bool) -> str:
-        text = ""
-        while self._bytes:
-            lead = self._bytes[0]
-            size = 1 if lead < 0x80 else 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4
-            if lead < 0xF5 and len(self._bytes) < size and not final:
-                break
-            try:
-                text += self._bytes[:size].decode("utf-8")
-            except UnicodeDecodeError:
-                size = 1
-                text += _REPLACEMENT
-            del self._bytes[:size]
-        self._at_start &= not text
-        return text
-
-
-def _from_model(file: Path) -> Tokenizer:
-    data = read_model(file)
-    pieces = read_pieces(data, file)
-    meanings: list[Meaning] = []
-    for piece in pieces.all:
-        if piece.kind is Kind.BYTE:
-            meanings.append(int(piece.text[3:5], 16))
-        elif piece.kind is Kind.UNKNOWN:
-            meanings.append(pieces.unk_surface)
-        else:
-            meanings.append(None if piece.kind is Kind.CONTROL else piece.text)
-    control = {piece.text: index for index, piece in pieces.of_kind(Kind.CONTROL)}
-    return Tokenizer(file, meanings, control, sentencepiece_encoder(data, file))
-
-
-def _from_json(file: Path) -> Tokenizer:
-    import tokenizers
-
+def _disagreement(engine: Engine, model: Path) -> str | None:
+    """A remark if tokenizer.model, which is not used, gives other ids than tokenizer.json."""
+    place = f"{model} is not used: {JSON_FILE} is, as in transformers"
     try:
-        text = read_model(file).decode("utf-8")
-        document = json.loads(text)
-        model = document["model"]
-        if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
-            raise TokenizerError("is not BPE with byte fallback, as a Mixtral's is", file=file)
-        backend: Any = tokenizers.Tokenizer.from_str(text)
-        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        special = {str(token["content"]) for token in document.get("added_tokens", []) if token["special"]}
-        unknown = str(model.get("unk_token"))
-    except TokenizerError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"is damaged or no tokenizer ({error})", file=file) from None
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise TokenizerError("its ids have gaps or repeat", file=file)
-    meanings: list[Meaning] = [None] * len(vocabulary)
-    for piece, index in vocabulary.items():
-        if match := _BYTE.fullmatch(piece):
-            meanings[index] = int(match[1], 16)
-        elif piece == unknown:
-            meanings[index] = " ⁇ "  # SentencePiece's word for it
-        elif piece not in special:
-            meanings[index] = piece
-    backend.encode_special_tokens = True  # a "</s>" that somebody typed is text
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    control = {piece: index for piece, index in vocabulary.items() if piece in special - {unknown}}
-    return Tokenizer(file, meanings, control, encode)
+        data = read_model(model)
+        pieces = read_pieces(data, model)
+        spelled = [piece.text.replace("▁", " ") for _, piece in pieces.of_kind(Kind.NORMAL)]
+        probe = "".join(spelled[:: max(1, len(spelled) // 500)])
+        theirs = sentencepiece_encoder(data, model)(probe)
+    except TokenizerError as error:
+        return f"{place}; it cannot be read ({error.message})"
+    names = {index: text for text, index in engine.ids.items()}
+    for index, piece in enumerate(pieces.all):
+        if names.get(index) != piece.text:
+            return f"{place}; they disagree: id {index} is {piece.text!r} here, {names.get(index)!r} there"
+    for index, piece in pieces.of_kind(Kind.CONTROL):
+        if piece.text not in engine.special:
+            return f"{place}; they disagree: id {index}, {piece.text!r}, is a control token here, none there"
+    if engine.encode(probe, False) != theirs:
+        return f"{place}; they disagree: the same pieces, but other ids for a text made of them"
+    return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import minijinja
 import pytest
+from jinja2 import nodes
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -16,6 +20,7 @@ from transformers import AutoTokenizer
 
 from mixtools.errors import TokenizerError
 from mixtools.text.chat import MARKER, style_of
+from mixtools.text.rendering import render
 from mixtools.text.tokenizer import Tokenizer, hf_files
 
 NAMES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
@@ -114,7 +119,7 @@ def test_our_chat_ids_equal_mistral_commons(
     (tmp_path / source).write_bytes((folders[version] / source).read_bytes())
     tokenizer = Tokenizer.from_folder(tmp_path)
     for messages, expected in zip(conversations(), references[version], strict=True):
-        assert tokenizer.encode_chat(messages) == expected, messages
+        assert tokenizer.encode_instruct(messages) == expected, messages
 
 
 @pytest.mark.parametrize("version", NAMES)
@@ -126,6 +131,56 @@ def test_the_templates_chat_ids_equal_mistral_commons(
         assert tokenizer.apply_chat_template(messages, return_dict=False) == expected, messages
         with_prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert with_prompt == expected
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_our_ids_by_the_template_equal_mistral_commons(
+    version: str, folders: dict[str, Path], references: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Of the folder as it is written, and of mistral's own that holds tokenizer.model alone."""
+    (tmp_path / "tokenizer.model").write_bytes((folders[version] / "tokenizer.model").read_bytes())
+    for folder in (folders[version], tmp_path):
+        tokenizer = Tokenizer.from_folder(folder)
+        for messages, expected in zip(conversations(), references[version], strict=True):
+            assert tokenizer.encode_chat(messages) == expected, messages
+
+
+def written_template(folder: Path) -> str:
+    return str(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_another_engine_renders_the_template_as_jinja2_does(version: str, folders: dict[str, Path]) -> None:
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    template = written_template(folders[version])
+    other = minijinja.Environment(trim_blocks=True, lstrip_blocks=True, globals={"raise_exception": refuse})
+    for messages in conversations():
+        values = {"messages": messages, "bos_token": "<s>", "eos_token": "</s>"}
+        expected = render(template, messages, bos_token="<s>", eos_token="</s>")
+        assert other.render_str(template, **values) == expected
+    for bad in BAD.values():
+        messages = [{"role": role, "content": content} for role, content in bad]
+        with pytest.raises(ValueError, match=r"must alternate|needs a user message|must hold text|is empty"):
+            other.render_str(template, messages=messages, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_the_template_keeps_to_what_llama_cpp_knows(version: str, folders: dict[str, Path]) -> None:
+    """Of common/jinja in https://github.com/ggml-org/llama.cpp, which has no //, and of google/minja before it, which
+    calls no method of a call's result. Its server stops at a template that it cannot read."""
+    tree = jinja2.Environment().parse(written_template(folders[version]))
+    computed = (nodes.FloorDiv, nodes.Mod, nodes.Mul, nodes.Div, nodes.Pow, nodes.Sub, nodes.Concat)
+    assert not list(tree.find_all(computed))
+    assert {found.name for found in tree.find_all(nodes.Filter)} == {"replace"}
+    assert {found.name for found in tree.find_all(nodes.Test)} == {"string"}
+    called = [found.node for found in tree.find_all(nodes.Call)]
+    assert {one.name for one in called if isinstance(one, nodes.Name)} == {"plain", "namespace", "raise_exception"}
+    methods = [one for one in called if not isinstance(one, nodes.Name)]
+    assert [(one.attr, type(one.node)) for one in methods] == [("rstrip", nodes.Name)] * (version == "v3")
+    loop = {found.attr for found in tree.find_all(nodes.Getattr) if getattr(found.node, "name", "") == "loop"}
+    assert loop <= {"first", "revindex"}
 
 
 @pytest.mark.parametrize("version", NAMES)
@@ -160,7 +215,7 @@ def test_an_open_ended_answer_has_no_eos(version: str, folders: dict[str, Path])
         messages=[UserMessage(content="Count."), AssistantMessage(content="One, two,", prefix=True)]
     )
     expected = MistralTokenizer.from_file(str(model_file(version))).encode_chat_completion(request).tokens
-    assert tokenizer.encode_chat(messages, continue_final=True) == expected
+    assert tokenizer.encode_instruct(messages, continue_final=True) == expected
     hub = AutoTokenizer.from_pretrained(folders[version])
     assert hub.apply_chat_template(messages, continue_final_message=True, return_dict=False) == expected
 
@@ -185,7 +240,10 @@ BAD = {
 def test_bad_conversations_are_refused_by_both(name: str, version: str, folders: dict[str, Path]) -> None:
     messages = [{"role": role, "content": content} for role, content in BAD[name]]
     with pytest.raises(TokenizerError):
-        Tokenizer.from_folder(folders[version]).encode_chat(messages)
+        Tokenizer.from_folder(folders[version]).encode_instruct(messages)
+    ours = Tokenizer.from_folder(folders[version])
+    with pytest.raises(TokenizerError, match=r"refuses the conversation: .*(must alternate|needs|must hold|is empty)"):
+        ours.encode_chat(messages)
     hub = AutoTokenizer.from_pretrained(folders[version])
     with pytest.raises(Exception, match=r"must alternate|needs a user message|must hold text|is empty"):
         hub.apply_chat_template(messages, tokenize=False)
@@ -199,7 +257,7 @@ def test_mistral_common_refuses_the_silent_assistant_too() -> None:
 
 def test_no_messages_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(TokenizerError, match="needs a user message"):
-        Tokenizer.from_folder(folders["v1"]).encode_chat([])
+        Tokenizer.from_folder(folders["v1"]).encode_instruct([])
 
 
 def test_a_later_style_is_refused() -> None:

@@ -132,8 +132,19 @@ def test_check_vocab() -> None:
     remark = tokenizer.check_vocab(dataclasses.replace(config, vocab_size=2112))
     assert remark is not None
     assert "2048 pieces for a model of 2112" in remark
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model: .* expected at most 2047, found 2048"):
-        tokenizer.check_vocab(dataclasses.replace(config, vocab_size=2047))
+    remark = tokenizer.check_vocab(dataclasses.replace(config, vocab_size=2047))
+    last = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["nano"])).id_to_piece(2047)
+    assert remark is not None and f"2048 pieces for a model of 2047; ids from 2047 on ({last!r}) cannot" in remark
+
+
+def test_ids_beyond_the_models_rows_are_refused_where_they_are_used() -> None:
+    tokenizer = Tokenizer.from_folder(NANO)
+    config = MixtralConfig(8, 8, 1, 2, 1, 4, vocab_size=2000)
+    tokenizer.expect_known([0, 1, 1999], config)
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["nano"])).id_to_piece(2005)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: token .* the model has 2000 rows") as caught:
+        tokenizer.expect_known([5, 2005, 2006], config)
+    assert f"token {piece!r} has the id 2005" in str(caught.value)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
@@ -172,10 +183,18 @@ def test_damaged_models_raise_no_other_error(tmp_path: Path) -> None:
     assert 30 < len(messages) < 300  # a changed letter of a piece is still a tokenizer
 
 
-@pytest.mark.parametrize("data", [b"\n\n\n\n", b"<html>Not found</html>", b"version https://git-lfs\n", b"\x80" * 99])
+@pytest.mark.parametrize("data", [b"\n\n\n\n", b"<html>Not found</html>", b"version 2\n", b"\x80" * 99])
 def test_other_files_are_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: is (damaged|cut short)"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer.model.v3"])
+def test_what_git_lfs_leaves_is_named(name: str, tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 493443\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(TokenizerError, match=rf"{name}: is a Git LFS pointer, .*git lfs pull"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -202,7 +221,7 @@ def test_repeated_and_switched_off_pieces_are_refused(tmp_path: Path) -> None:
         (lambda document: document["model"]["vocab"].update({"ing": 99999}), "damaged|gaps"),
         (lambda document: document["model"].update(merges=["nothing here"]), "damaged"),
         (lambda document: document.pop("model"), "damaged"),
-        (lambda document: document.update(added_tokens=document["added_tokens"][:1]), "lacks the control token"),
+        (lambda document: document.update(added_tokens=[{"id": 1}]), "damaged"),
     ],
 )
 def test_wrong_tokenizer_json_is_refused(change: Any, message: str, tmp_path: Path) -> None:

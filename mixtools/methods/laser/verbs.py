@@ -215,6 +215,7 @@ def _search_job(
         assert file is not None  # expect_consistent
         content = perplexity.read_text(file)
         ids = tokenizer.encode(content)
+        tokenizer.expect_known(ids, source.config)
         most = texts.samples * texts.seq_len
         windows.append(perplexity.cut(ids, ctx=texts.seq_len, bos_id=tokenizer.bos_id, max_tokens=most))
         told[name] = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -285,6 +286,7 @@ def _calibration(
     if (remark := tokenizer.check_vocab(source.config)) is not None:
         notes.append(remark)
     ids = tokenizer.encode(read_text(texts.text), bos=False)
+    tokenizer.expect_known(ids, source.config)
     text = calibrate.cut(ids, texts.samples, texts.seq_len, tokenizer.bos_id)
     limit = available_memory() if machine.max_memory is None else machine.max_memory - BASE_MEMORY
     stream = Stream(source, find_device(machine.device), source.main_dtype().torch(), max_memory=limit)
