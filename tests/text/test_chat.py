@@ -70,7 +70,11 @@ def conversations() -> list[list[dict[str, str]]]:
             [system, {"role": "user", "content": other}, assistant, {"role": "user", "content": ""}],
         ]
     empty = {"role": "user", "content": ""}
+    brief = {"role": "system", "content": "Be brief."}
+    first, then = ([{"role": "user", "content": f"{x}?"}, {"role": "assistant", "content": f"{x}."}] for x in "ab")
     found += [
+        [brief, *first],  # what goes into the last user's message stays there when the assistant has the last word
+        [brief, *first, *then],
         [empty],
         [{"role": "system", "content": ""}, {"role": "user", "content": "x"}],
         [{"role": "system", "content": "Be brief."}, empty],
