@@ -197,7 +197,7 @@ def _rope(document: Mapping[str, Any], file: str | Path) -> Iterator[Mapping[str
 
 
 def _refuse_other_models(document: Mapping[str, Any], file: str | Path) -> None:
-    expected = {"model_type": "mixtral", "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False}
+    expected = {"model_type": "mixtral", "hidden_act": "silu", "attention_bias": False}
     for key, value in expected.items():
         if document.get(key, value) != value:
             raise ConfigError(f"{key} is {reprlib.repr(document[key])}; a Mixtral has {value!r}", file=file)
