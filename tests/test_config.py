@@ -124,7 +124,6 @@ def test_nonsensical_experts(field: str, value: object) -> None:
         ({"model_type": "llama"}, "'llama'; a Mixtral has 'mixtral'"),
         ({"model_type": [["x"]]}, "a Mixtral has"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"attention_bias": True}, "attention_bias"),
     ],
 )

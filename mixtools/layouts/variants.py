@@ -77,7 +77,7 @@ def _equal(one: Entry, other: Entry) -> bool:
         return False
     if replace(one, name="") == replace(other, name=""):  # two names of one storage
         return True
-    # without checksums: what is read here in part must not count as read
+    # without checksums: damage is for the reader to tell, a part read here must not count as read
     pair = [replace(entry, name=str(number), record=None) for number, entry in enumerate((one, other))]
     store = Store({entry.name: entry for entry in pair})
     step = max(1, CHUNK // max(1, *(entry.row_bytes for entry in pair)))

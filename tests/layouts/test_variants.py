@@ -257,18 +257,19 @@ def test_a_shared_tensor_keeps_its_checksum(tmp_path: Path) -> None:
         assert caught.value.tensor == EMBED
 
 
-def test_a_difference_does_not_spoil_checksums(tmp_path: Path) -> None:
-    """The comparison reads parts of two tensors; what is judged is what was read for use."""
+def test_damage_is_found_by_reading_not_by_opening(tmp_path: Path) -> None:
+    """The comparison of head and embedding judges no checksum, so that `inspect` can open what is damaged."""
     folder = make.write_e(tmp_path, CANONICAL, DIMS, files=1)
     make.write_json(folder / "config.json", DIMS.config() | {"tie_word_embeddings": True})
-    checkpoint = open_checkpoint(folder)
     path = next(folder.glob("*.bin"))
     raw = bytearray(path.read_bytes())
-    raw[checkpoint.entry(Slot(Role.HEAD)).offset] ^= 1
+    raw[open_checkpoint(folder).entry(Slot(Role.HEAD)).offset] ^= 1
     path.write_bytes(raw)
+    checkpoint = open_checkpoint(folder)
     checkpoint.finish()  # nothing was read for use
-    with pytest.raises(errors.ChecksumError):
+    with pytest.raises(errors.ChecksumError) as caught:
         checkpoint.read(Slot(Role.HEAD))
+    assert caught.value.tensor == HEAD
 
 
 @pytest.mark.parametrize("tie", [False, None])
