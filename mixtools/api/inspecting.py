@@ -58,6 +58,8 @@ class Inspection(Result):
             yield f"  {tensor['name']:<60} {tensor['dtype']:>5} {shape:>14}  {human_bytes(tensor['bytes'])}"
         for problem in self.problems:
             yield f"problem: {problem['message']}"
+        for remark in document["remarks"]:
+            yield f"note: {remark}"
         if self.verified:
             yield "verified: every byte was read; checksums agree, no NaN or Inf"
         elif not self.problems:
@@ -88,6 +90,8 @@ def inspect(
         problems += read_all(checkpoint, watched(progress))
         document["verified"] = not problems
     document["problems"] = [problem.document()["error"] for problem in problems]
+    document["tied"] = checkpoint.tied
+    document["remarks"] = list(checkpoint.remarks)
     if tensors:
         document["tensors_list"] = [
             {"name": entry.name, "dtype": entry.dtype.value, "shape": list(entry.shape), "bytes": entry.nbytes,

@@ -8,21 +8,29 @@ from pathlib import Path
 from ..errors import InputError
 from ..layouts.checkpoint import Checkpoint
 from ..layouts.detect import open_checkpoint
+from ..storage.source import missing
+from . import cache, fetch
 
 
 def locate(name: str | Path) -> Path:
-    """A path that exists, or a model of the Hub, downloaded into huggingface-hub's cache.
+    """Where a model lies on this disk. See `found`."""
+    return found(name).path
 
-    Raises InputError for a path that does not exist and cannot be a Hub name, HubError if the Hub refuses.
+
+def found(name: str | Path) -> fetch.Located:
+    """A path that exists, or a model of the Hub, downloaded into huggingface-hub's cache or found there.
+
+    A repository's folder in that cache stands for its snapshot of refs/main, or its only one. Raises InputError for a
+    path that does not exist and cannot be a Hub name, HubError if the Hub refuses, LayoutError for a cache's folder of
+    several snapshots.
     """
     path = Path(name)
     if path.exists():
-        return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(name)) and not path.parent.exists():
-        from . import fetch
-
+        return fetch.Located(cache.newest(path) if cache.is_repository(path) else path)
+    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(name))
+    if hub_name and not path.is_symlink() and not path.parent.exists():
         return fetch.snapshot(*str(name).partition("@")[::2])
-    raise InputError("does not exist", file=str(name))
+    raise InputError(missing(path, "does not exist"), file=str(name))
 
 
 def open_model(model: str | Path | Checkpoint, *, strict: bool = True) -> Checkpoint:
@@ -32,4 +40,7 @@ def open_model(model: str | Path | Checkpoint, *, strict: bool = True) -> Checkp
     checkpoint that is open already. With `strict` the first problem is raised: LayoutError, ConfigError, FormatError,
     TensorError, UnsafeError. Without it, missing, unknown and misshapen tensors are listed in `problems` instead.
     """
-    return model if isinstance(model, Checkpoint) else open_checkpoint(locate(model), strict=strict)
+    if isinstance(model, Checkpoint):
+        return model
+    path, remarks = found(model)
+    return open_checkpoint(path, strict=strict, remarks=remarks)

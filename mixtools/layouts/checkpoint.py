@@ -14,7 +14,7 @@ import numpy as np
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
 from ..formats import SUFFIXES, Format, Part, Plain, Stored, detect
-from ..names import Slot
+from ..names import Role, Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import Bits, Entry, Store, from_tensor, to_tensor
 from .reader import Spec
@@ -31,7 +31,8 @@ class Checkpoint:
     """A checkpoint on disk, its matrices in whatever formats.
 
     `problems` is empty unless it was opened leniently. `document`: config.json or params.json as it lies there, with
-    all that `config` does not know.
+    all that `config` does not know. `tied`: head and embedding are the same, whether one of them is stored or both;
+    reading either gives the tensor. `remarks`: what a user should know and need not mend.
     """
 
     folder: Path
@@ -40,6 +41,8 @@ class Checkpoint:
     store: Store
     problems: list[MixtoolsError] = field(default_factory=list)
     document: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    remarks: tuple[str, ...] = ()
 
     def slots(self) -> Iterator[Slot]:
         return self.config.slots()
@@ -179,9 +182,17 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
     unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []
     if missing:
-        problems.append(LayoutError(f"lacks {_some(missing)}", file=folder, tensor=missing[0]))
+        why = f"lacks {_some(missing)}"
+        if missing == [layout.rules[Role.HEAD].name]:
+            why = (
+                "lacks the output head alone, as a base model's save does; save the model with its head "
+                "(MixtralForCausalLM), or set tie_word_embeddings to true where the head is the embedding"
+            )
+        problems.append(LayoutError(why, file=folder, tensor=missing[0]))
     if unknown:
         why = f"has {_some(unknown)} unknown to layout {layout.letter} ({layout.title})"
+        if all(name.endswith(".bias") for name in unknown):
+            why += "; no Mixtral has biases, and transformers ignores them"
         problems.append(LayoutError(why, file=store.entries[unknown[0]].source.label, tensor=unknown[0]))
     for name, (part, format) in expected.items():
         if (entry := store.entries.get(name)) is not None and (problem := _unfit(entry, part, format)) is not None:

@@ -3,154 +3,79 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import formats
 from ..config import from_document, load_json
-from ..errors import ConfigError, FormatError, InputError, LayoutError, MixtoolsError, QuantizedError, UnsafeError
-from ..names import Role
-from ..storage import manifest, safetensors, torchzip
-from ..storage.source import Source
+from ..errors import ConfigError, FormatError, LayoutError, MixtoolsError, QuantizedError
+from ..storage import lfs, manifest
+from ..storage.source import Source, missing
 from ..storage.store import Entry, Store, by_name
 from .checkpoint import Checkpoint, find_problems
-from .hf import HF, HF_BIN, HF_FUSED
-from .table import Layout
-from .torrent import CONSOLIDATED, SPLIT, STACKED, TORRENT
+from .families import ADAPTER_CONFIG, Family, Found, find
+from .torrent import SPLIT
+from .variants import layout_of, tie
 
-MAX_INDEX_BYTES = 16 << 20  # 8x22B needs 0.2 MB
-
-
-class Family(NamedTuple):
-    """Files that together are one checkpoint: how they are named, read and configured."""
-
-    pattern: str  # of a file's name; the first group, if any, orders the files
-    index_name: str | None
-    config: str
-    read_header: Callable[[Source], list[Entry]]
-    layouts: tuple[Layout, ...]
-
-
-FAMILIES = (
-    Family(r"consolidated\.00\.pth", None, "params.json", torchzip.read_header, (TORRENT,)),
-    Family(r"consolidated\.00\.pth-split(\d+)", None, "params.json", torchzip.read_header, (SPLIT,)),
-    Family(r"consolidated\.(\d+)\.pt", None, "params.json", torchzip.read_header, (STACKED,)),
-    Family(r"consolidated\.safetensors", None, "params.json", safetensors.read_header, (CONSOLIDATED,)),
-    Family(
-        r"model(?:-\d+-of-\d+)?\.safetensors",
-        "model.safetensors.index.json",
-        "config.json",
-        safetensors.read_header,
-        (HF, HF_FUSED),
-    ),
-    Family(
-        r"pytorch_model(?:-\d+-of-\d+)?\.bin",
-        "pytorch_model.bin.index.json",
-        "config.json",
-        torchzip.read_header,
-        (HF_BIN, HF_FUSED),
-    ),
-)
 _QUANTIZED = {"qweight": "GPTQ or AWQ", "absmax": "bitsandbytes", "SCB": "bitsandbytes", "weight_packed": "packed"}
+_TOKENIZER = r"tokenizer.*|added_tokens\.json|special_tokens_map\.json|vocab\.json|merges\.txt|chat_template\..*"
 
 
-def open_checkpoint(path: Path, *, strict: bool = True) -> Checkpoint:
-    """Open a folder, or one index or weight file of it where the folder holds several layouts.
+def open_checkpoint(path: Path, *, strict: bool = True, remarks: tuple[str, ...] = ()) -> Checkpoint:
+    """Open a folder, or one index or weight file of it (families.find tells which files that means).
 
     With `strict` the first problem is raised: LayoutError, ConfigError, FormatError, TensorError, UnsafeError.
-    Without it, missing, unknown and misshapen tensors are listed in `problems` instead.
+    Without it, missing, unknown and misshapen tensors are listed in `problems` instead. `remarks`: what is known of
+    the path already, told before what is found here.
     """
-    folder, family, names = _find_family(path)
+    found = find(path)
+    folder, family = found.folder, found.family
     config_path = folder / family.config
-    if not config_path.is_file():
-        raise ConfigError(f"is missing beside {names[0]}; without it the shapes are unknown", file=config_path)
-    document = load_json(config_path)
+    document = _read_config(config_path, found)
+    config = from_document(document, config_path)
+    sources = _open(folder, family, found.names)
+    entries = by_name(manifest.with_checksums(folder, _collect(family, sources)))
+    _refuse_quantized(entries, folder)
+    layout, renamed = layout_of(family.layouts, entries)
+    remarks += found.remarks + renamed
+    tied = False
+    if _says_tied(document, config_path):
+        layout, tied, told = tie(layout, entries)
+        remarks += told
+    if (folder / ADAPTER_CONFIG).exists():
+        remarks += (f"{ADAPTER_CONFIG} lies beside the model; the adapter is not applied",)
+    problems = [*_index_problems(found, entries), *find_problems(folder, layout, config, Store(entries))]
+    if problems and found.remarks and isinstance(problems[0], LayoutError):  # what was not read may be what was meant
+        problems[0].message += f"; {found.remarks[0]}"
+    problems += _pointers(folder)
+    if strict and problems:
+        raise problems[0]
+    return Checkpoint(folder, layout, config, Store(entries), problems, document, tied, remarks)
+
+
+def _read_config(path: Path, found: Found) -> Any:
+    """config.json or params.json. Raises ConfigError without one, QuantizedError for what it says is quantized."""
+    if not path.is_file():
+        why = f"is missing beside {found.names[0]}; without it the shapes are unknown"
+        raise ConfigError(missing(path, why), file=path)
+    lfs.refuse_file(path)
+    document = load_json(path)
     details = document.get("quantization_config") if isinstance(document, dict) else None
     if details and not (isinstance(details, dict) and formats.claims(details)):
         method = details.get("quant_method") if isinstance(details, dict) else None
         method = method if isinstance(method, str) else "an unknown method"
         raise QuantizedError(
-            f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=folder
+            f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=found.folder
         )
-    config = from_document(document, config_path)
-    weight_map = _read_index(folder, family)
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
-    elif any("-of-" in name for name in names):
-        _expect_all_shards(folder, names)
-    sources = _open(folder, family, names)
-    entries = by_name(manifest.with_checksums(folder, _collect(family, sources)))
-    problems = _index_problems(folder, family, weight_map, entries)
-    layout = _best_layout(family, entries, folder)
-    problems += find_problems(folder, layout, config, Store(entries))
-    if strict and problems:
-        raise problems[0]
-    return Checkpoint(folder, layout, config, Store(entries), problems, document)
+    return document
 
 
-def _find_family(path: Path) -> tuple[Path, Family, list[str]]:
-    """The folder, its family and the names of its weight files."""
-    if path.suffix == ".gguf":
-        raise LayoutError("is GGUF; reading GGUF is not supported yet", file=path)
-    try:
-        if not path.exists():
-            raise InputError("does not exist", file=path)
-        folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-    found = [(family, files) for family in FAMILIES if (files := _files(family, names))]
-    if only is not None:
-        found = [(family, files) for family, files in found if only == family.index_name or only in files]
-    if len(found) > 1:
-        choices = " or ".join(
-            str(folder / (family.index_name if family.index_name in names else files[0])) for family, files in found
-        )
-        raise LayoutError(f"holds two layouts at once; name the one you mean: {choices}", file=folder)
-    if not found:
-        if any(name.endswith(".gguf") for name in names):
-            raise LayoutError("holds GGUF files; reading GGUF is not supported yet", file=folder)
-        patterns = (
-            "consolidated.00.pth, consolidated.*.pt, consolidated.safetensors, model*.safetensors, pytorch_model*.bin"
-        )
-        raise LayoutError(f"holds no Mixtral checkpoint; looked for {patterns}", file=path)
-    return folder, *found[0]
-
-
-def _files(family: Family, names: Iterable[str]) -> list[str]:
-    """The family's weight files, in order; an index alone counts, so that missing shards are named."""
-    matches = [match for name in names if (match := re.fullmatch(family.pattern, name))]
-    if matches and matches[0].re.groups:
-        matches.sort(key=lambda match: int(match[1]))
-    files = [match[0] for match in matches]
-    return files or [name for name in names if name == family.index_name]
-
-
-def _read_index(folder: Path, family: Family) -> dict[str, str] | None:
-    """weight_map of the index; None without one. Its values must be names of files in the folder."""
-    if family.index_name is None or not (path := folder / family.index_name).exists():
-        return None
-    document = load_json(path, MAX_INDEX_BYTES)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FormatError("has no weight_map of tensor names to file names", file=path)
-    for name, tensor in {name: tensor for tensor, name in weight_map.items()}.items():
-        if not _is_base_name(name):
-            raise UnsafeError(f"names the file {name!r}, which is not in its folder; refused", file=path, tensor=tensor)
-        if not stays_inside(folder, folder / name):
-            raise UnsafeError(f"names {name!r}, a link that leaves the folder; refused", file=path, tensor=tensor)
-        if not (folder / name).is_file():
-            raise LayoutError(f"shard {name}, named by the index, is missing", file=folder / name, tensor=tensor)
-    return weight_map
-
-
-def _is_base_name(name: str) -> bool:
-    try:
-        raw = name.encode()
-    except UnicodeEncodeError:
-        return False
-    return name == Path(name).name and name not in ("", ".", "..") and len(raw) < 256 and not {*raw} & {*b"\\\0"}
+def _says_tied(document: Mapping[str, Any], file: Path) -> bool:
+    value = document.get("tie_word_embeddings")
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError("tie_word_embeddings is neither true nor false", file=file)
+    return value is True
 
 
 def stays_inside(folder: Path, path: Path) -> bool:
@@ -165,16 +90,10 @@ def _open(folder: Path, family: Family, names: list[str]) -> list[Source]:
     if family.layouts == (SPLIT,):
         numbers = [int(name.rpartition("split")[2]) for name in names]
         if numbers != list(range(len(numbers))):
-            missing = next(n for n in range(len(numbers)) if n not in numbers)
-            raise LayoutError("a part is missing", file=folder / f"consolidated.00.pth-split{missing}")
+            gap = next(n for n in range(len(numbers)) if n not in numbers)
+            raise LayoutError("a part is missing", file=folder / f"consolidated.00.pth-split{gap}")
         return [Source([folder / name for name in names])]
     return [Source(folder / name) for name in names]
-
-
-def _expect_all_shards(folder: Path, names: list[str]) -> None:
-    totals = {int(match[1]) for name in names if (match := re.search(r"-of-(\d+)\.", name))}
-    if len(totals) != 1 or len(names) != max(totals):
-        raise LayoutError(f"holds {len(names)} shards of {max(totals)}; fetch the missing ones", file=folder)
 
 
 def _collect(family: Family, sources: list[Source]) -> list[Entry]:
@@ -187,30 +106,32 @@ def _collect(family: Family, sources: list[Source]) -> list[Entry]:
     return list(entries.values())
 
 
-def _index_problems(
-    folder: Path, family: Family, weight_map: dict[str, str] | None, entries: dict[str, Entry]
-) -> list[MixtoolsError]:
+def _index_problems(found: Found, entries: Mapping[str, Entry]) -> list[MixtoolsError]:
     """Where index and shards disagree on which tensor lies where."""
     problems: list[MixtoolsError] = []
-    for name, shard in (weight_map or {}).items():
+    for name, shard in (found.weight_map or {}).items():
         place = entries[name].source.paths[0].name if name in entries else None
         if place != shard:
-            why = "the index places it wrongly"
-            problems.append(
-                LayoutError(
-                    why, file=folder / str(family.index_name), tensor=name, expected=shard, found=place or "nowhere"
-                )
-            )
+            why, index = "the index places it wrongly", found.folder / str(found.family.index_name)
+            problems.append(LayoutError(why, file=index, tensor=name, expected=shard, found=place or "nowhere"))
     return problems[:1]
 
 
-def _best_layout(family: Family, entries: dict[str, Any], folder: Path) -> Layout:
-    """Of the family's layouts the one whose router name is there; quantized names are refused by name."""
+def _refuse_quantized(entries: Mapping[str, Entry], folder: Path) -> None:
+    """Quantized tensors are refused by name, where no configuration told of them."""
     for name in entries:
         suffix = name.rpartition(".")[2]
         if suffix not in formats.SUFFIXES and (method := _QUANTIZED.get(suffix)) is not None:
             raise QuantizedError(f"is quantized ({method}: {name}); reading it is not supported yet", file=folder)
-    routers = [layout.rules[Role.ROUTER].name.format(layer=0) for layout in family.layouts]
-    return next(
-        (lay for lay, router in zip(family.layouts, routers, strict=True) if router in entries), family.layouts[0]
-    )
+
+
+def _pointers(folder: Path) -> list[MixtoolsError]:
+    """Tokenizer files that are Git LFS pointers: whatever needs one would stumble over it later, less plainly."""
+    problems: list[MixtoolsError] = []
+    for path in sorted(folder.iterdir()):
+        if re.fullmatch(_TOKENIZER, path.name):
+            try:
+                lfs.refuse_file(path)
+            except FormatError as error:
+                problems.append(error)
+    return problems

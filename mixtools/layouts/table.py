@@ -7,7 +7,7 @@ canonical form by one operation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -38,6 +38,11 @@ class Rule:
     folded: bool = False  # stacked experts are folded into the rows: [E*F, D] instead of [E, F, D]
 
 
+def part_name(name: str, suffix: str) -> str:
+    """The name of a stored part (formats/) of the matrix `name`."""
+    return name if suffix == "weight" else f"{name.removesuffix('.weight')}.{suffix}"
+
+
 class Piece(NamedTuple):
     """Where a slot lies: rows [start, stop) of the tensor `name`, which has `shape`."""
 
@@ -49,7 +54,7 @@ class Piece(NamedTuple):
 
     def part(self, suffix: str) -> str:
         """The name of a stored part of this matrix (formats/): of "weight" its own, of others in its place."""
-        return self.name if suffix == "weight" else f"{self.name.removesuffix('.weight')}.{suffix}"
+        return part_name(self.name, suffix)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Layout:
     title: str
     rules: Mapping[Role, Rule]
     ignored: tuple[str, ...] = ()  # suffixes of buffers that old files carry and nobody needs
+    root: str = ""  # what stands before every name but the head's
 
     def piece(self, slot: Slot, config: MixtralConfig) -> Piece:
         rule = self.rules[slot.role]
@@ -75,6 +81,21 @@ class Layout:
         block = rule.stack * rows
         whole = (config.num_experts * block, columns) if rule.folded else (config.num_experts, block, columns)
         return Piece(name, whole, start, start + rows, rule.op)
+
+    def renamed(self, root: str, before_head: str) -> Layout:
+        """The same with other words before the names, as wrappers of modules leave them: `root` in place of its own
+        root, `before_head` in front of the head's name.
+        """
+
+        def name(role: Role, rule: Rule) -> str:
+            return before_head + rule.name if role is Role.HEAD else root + rule.name.removeprefix(self.root)
+
+        rules = {role: replace(rule, name=name(role, rule)) for role, rule in self.rules.items()}
+        return replace(self, rules=rules, root=root)
+
+    def sharing(self, role: Role, of: Role) -> Layout:
+        """The same where a tensor of `role` is not stored, being that of `of`: tied embeddings."""
+        return replace(self, rules={**self.rules, role: self.rules[of]})
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name is a known buffer that no model needs."""

@@ -32,7 +32,9 @@ _STACKED = {
     Role.UP: Rule("layers.{layer}.block_sparse_moe.w3", stack=1, folded=True),
 }
 
-TORRENT = Layout("A", "torrent", "original torrent (consolidated.00.pth)", _PLAIN)
-SPLIT = Layout("A'", "torrent-split", "mirrored torrent (consolidated.00.pth-split*)", _PLAIN)
-STACKED = Layout("B", "stacked", "December 2023 repository (consolidated.*.pt, stacked experts)", _STACKED)
-CONSOLIDATED = Layout("C", "consolidated", "consolidated safetensors", _PLAIN)
+_BUFFERS = ("rope.freqs",)
+
+TORRENT = Layout("A", "torrent", "original torrent (consolidated.00.pth)", _PLAIN, _BUFFERS)
+SPLIT = Layout("A'", "torrent-split", "mirrored torrent (consolidated.00.pth-split*)", _PLAIN, _BUFFERS)
+STACKED = Layout("B", "stacked", "December 2023 repository (consolidated.*.pt, stacked experts)", _STACKED, _BUFFERS)
+CONSOLIDATED = Layout("C", "consolidated", "consolidated safetensors", _PLAIN, _BUFFERS)

@@ -22,7 +22,9 @@ STORAGES = {
 }  # fmt: skip
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _REBUILD = "torch._utils _rebuild_tensor_v2"
+_PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED_DICT = "collections OrderedDict"
+_FUNCTIONS = (_REBUILD, _PARAMETER, _ORDERED_DICT)
 
 
 class StorageRef(NamedTuple):
@@ -171,7 +173,7 @@ class _Machine:
 
     def _global(self, name: str) -> _Global:
         module, _, attribute = name.partition(" ")
-        if name in (_REBUILD, _ORDERED_DICT) or (module == "torch" and attribute in STORAGES):
+        if name in _FUNCTIONS or (module == "torch" and attribute in STORAGES):
             return _Global(name)
         raise UnsafeError(f"its pickle asks for {module}.{attribute}; not loaded", file=self.file)
 
@@ -185,7 +187,7 @@ class _Machine:
 
     def _call(self, function: Any, arguments: Any) -> Any:
         # never repr() a value here: a small pickle describes one whose text fills any memory
-        if not isinstance(function, _Global) or function.name not in (_ORDERED_DICT, _REBUILD):
+        if not isinstance(function, _Global) or function.name not in _FUNCTIONS:
             what = function.name if isinstance(function, _Global) else f"a {type(function).__name__}"
             raise UnsafeError(f"its pickle calls {what}; not loaded", file=self.file)
         self._expect(arguments, tuple)
@@ -194,6 +196,10 @@ class _Machine:
             for pairs in arguments:
                 self._fill(found, self._expect(pairs, list))
             return found
+        if function.name == _PARAMETER:  # (tensor, requires_grad, hooks): a tensor, for whoever only reads it
+            tensor, requires_grad, hooks = arguments
+            self._expect(requires_grad, bool), self._expect(hooks, OrderedDict)
+            return self._expect(tensor, TensorRef)
         storage, offset, shape, strides = arguments[:4]
         numbers = (offset, *self._expect(shape, tuple), *self._expect(strides, tuple))
         if not isinstance(storage, StorageRef) or not all(type(n) is int for n in numbers):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import FormatError
+from . import lfs
 from .dtypes import ELEMENTS, DType
 from .source import Source
 from .store import Entry
@@ -30,8 +31,7 @@ def read_header(source: Source) -> list[Entry]:
     """
     if source.size < 8:
         raise FormatError(f"holds {source.size} bytes; a safetensors file has at least 8", file=source.label)
-    if source.read(0, 8) == b"version ":
-        raise FormatError("is a git-lfs pointer, not the file; run `git lfs pull`", file=source.label)
+    lfs.refuse(source.read(0, min(source.size, len(lfs.START))), source.label)
     length = int.from_bytes(source.read(0, 8), "little")
     if length > MAX_HEADER:
         raise FormatError(f"header claims {length} bytes; the limit is {MAX_HEADER}", file=source.label)
@@ -78,7 +78,9 @@ def _parse(raw: bytes, source: Source) -> dict[str, Any]:
         header = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"header is not valid JSON ({error})", file=source.label) from None
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # null is what some writers say for none, and the library takes it
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("__metadata__ is not a map of strings", file=source.label)
     return dict(header)

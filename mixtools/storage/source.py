@@ -15,6 +15,13 @@ from ..errors import FormatError, InputError
 _DONTCACHE = 0x80  # RWF_DONTCACHE of <linux/fs.h>, since Linux 6.14
 
 
+def missing(path: Path, otherwise: str) -> str:
+    """What to say of a path that cannot be found: `otherwise`, unless it is a link, to nothing or in a circle."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link that leads nowhere (to {path.readlink()}); fetch what it stood for again"
+    return otherwise
+
+
 class Source:
     """Reads with `pread`: no shared position, so any number of threads may read at once."""
 
@@ -29,7 +36,7 @@ class Source:
             try:  # without O_NONBLOCK a named pipe would wait for ever
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             except OSError as error:
-                raise InputError(f"cannot be opened ({error.strerror})", file=path) from None
+                raise InputError(missing(path, f"cannot be opened ({error.strerror})"), file=path) from None
             status = os.fstat(self._files[-1])
             if not stat.S_ISREG(status.st_mode):
                 raise InputError("is not a regular file", file=path)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import ChecksumError, FormatError, MixtoolsError
-from . import pickles
+from . import lfs, pickles
 from .source import Source
 from .store import Entry, Record
 
@@ -27,6 +27,8 @@ FULL, FULL_SHORT = 0xFFFFFFFF, 0xFFFF  # "look into the Zip64 field"
 ALIGNMENT = 64
 _MAX_DIRECTORY = 8 << 20  # 8x22B needs 0.3 MB of each; what is larger only costs memory and time
 _MAX_PICKLE = 4 << 20
+_WRAPPERS = ("model", "state_dict", "module")  # under which training loops keep the model's own dictionary
+_MOST_WRAPPERS = 3
 _MAX_EXPANDED = 64 << 20  # bytes of a tensor that repeats elements of its storage (stride 0)
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # first pickle of torch.save before 1.6
 
@@ -54,9 +56,25 @@ def read_header(source: Source) -> list[Entry]:
     root = pickle_name.removesuffix("data.pkl")
     _expect_little_endian(source, members.get(root + "byteorder"))
     state = pickles.load(_checked(source, members[pickle_name], _MAX_PICKLE), source.label)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict):
         raise FormatError("holds no dictionary of named tensors", file=source.label)
+    state = _unwrap(state, source)
     return [_entry(name, tensor, root, members, source) for name, tensor in state.items()]
+
+
+def _unwrap(state: dict[str, object], source: Source) -> dict[str, object]:
+    """The state_dict that a training loop laid into another dictionary, beside its step, its arguments and the like."""
+    for _ in range(_MOST_WRAPPERS):  # a dictionary may hold itself
+        if any(isinstance(value, pickles.TensorRef) for value in state.values()):
+            break
+        inner = {name: value for name in _WRAPPERS if isinstance(value := state.get(name), dict)}
+        if len(inner) > 1:
+            why = f"holds {' and '.join(inner)}, each of which may be the model; save one alone"
+            raise FormatError(why, file=source.label)
+        if not inner:
+            break
+        (state,) = inner.values()
+    return state
 
 
 def read_directory(source: Source) -> dict[str, Member]:
@@ -150,12 +168,11 @@ def _expect_disjoint(members: Iterable[Member], source: Source) -> None:
 
 def _not_a_zip(source: Source) -> FormatError:
     start = source.read(0, min(source.size, 64))
+    lfs.refuse(start, source.label)
     if not start:
         why = "is empty"
     elif start.startswith(_LEGACY_MAGIC):
         why = "was saved by torch before 1.6 (no zip); load and save it with torch first"
-    elif start.startswith(b"version https://git-lfs"):
-        why = "is a git-lfs pointer, not the file; run `git lfs pull`"
     elif start.startswith(b"PK\x03\x04"):
         why = "is truncated: its zip directory, at the end, is missing; fetch it again"
     else:

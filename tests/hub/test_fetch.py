@@ -34,7 +34,7 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         files = {file.name: file for file in NANO.iterdir()}
-        if not path.startswith(("/api/models/org/nano/", "/org/nano/")):
+        if not f"{path}/".startswith(("/api/models/org/nano/", "/org/nano/")):
             self._send(404, b"{}", X_Error_Code="RepoNotFound")
         elif "/revision/" in path or path == "/api/models/org/nano":
             siblings = [{"rfilename": name} for name in files]
@@ -95,7 +95,8 @@ def test_what_cannot_be_a_hub_name_is_a_missing_path(name: str) -> None:
 def test_one_layout_of_several_is_chosen() -> None:
     names = ["README.md", "config.json", "consolidated.safetensors", "params.json", "tokenizer.model"]
     hf = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert set(fetch.choose(names + hf, "r")) == {*hf, "config.json", "tokenizer.model"}
-    assert set(fetch.choose(names, "r")) == {"consolidated.safetensors", "params.json", "tokenizer.model"}
+    assert set(fetch.choose(names + hf, "r")) == {*hf, "README.md", "config.json", "tokenizer.model"}
+    mistral = {"README.md", "consolidated.safetensors", "params.json", "tokenizer.model"}
+    assert set(fetch.choose(names, "r")) == mistral
     with pytest.raises(errors.LayoutError, match="holds no Mixtral checkpoint"):
         fetch.choose(["README.md", "model.onnx"], "r")

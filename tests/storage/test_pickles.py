@@ -41,6 +41,7 @@ def text(value: str) -> bytes:
 
 
 MODULE, NAME = text("os"), text("system")
+PARAMETER = b"ctorch._utils\n_rebuild_parameter\n"
 BY_HAND = {
     "GLOBAL": b"\x80\x02cos\nsystem\n(" + text("true") + b"tR.",
     "GLOBAL alone": b"\x80\x02cos\nsystem\n.",
@@ -61,6 +62,8 @@ BY_HAND = {
     "storage of another module": b"cos\nFloatStorage\n.",
     "blank in the module": b"ctorch._utils _rebuild_tensor_v2\n\n.",
     "rebuild by another name": b"ctorch._utils\n_rebuild_tensor\n.",
+    "parameter with a state": b"ctorch._utils\n_rebuild_parameter_with_state\n.",
+    "call in a parameter": PARAMETER + b"(cos\nsystem\n" + text("true") + b"\x85R\x88}tR.",
     "typed storage": b"ctorch.storage\n_load_from_bytes\n.",
     "memo of a function": b"\x80\x02cos\nsystem\nq\x000h\x00" + text("true") + b"\x85R.",
     "string called": text("collections OrderedDict") + b"\x85)R.",
@@ -98,6 +101,8 @@ def test_refuses_calls_in_every_protocol(function: object, protocol: int) -> Non
             pickles.load(pickle.dumps(value, protocol), FILE)
 
 
+ONE = zips.tensor(zips.storage(), 0, (6,), (1,))
+HOOKS = b"\x88ccollections\nOrderedDict\n)R"  # requires_grad, and no hook
 MALFORMED = {
     "empty": b"", "no STOP": b"\x80\x02}", "only STOP": b".", "stack underflow": b"a.", "no mark": b"t.",
     "unknown memo": b"h\x07.", "unknown opcode": b"\xff.", "cut text": b"X\xff\xff\x00\x00a.",
@@ -121,6 +126,11 @@ MALFORMED = {
     "rebuild of nothing": b"ctorch._utils\n_rebuild_tensor_v2\n)R.",
     "rebuild of a list": b"ctorch._utils\n_rebuild_tensor_v2\n]R.",
     "rebuild of text": zips.tensor(text("x"), 0, (1,), (1,)) + b".",
+    "parameter of nothing": PARAMETER + b")R.", "parameter of text": PARAMETER + b"(" + text("x") + HOOKS + b"tR.",
+    "parameter of a storage": PARAMETER + b"(" + zips.storage() + HOOKS + b"tR.",
+    "parameter alone": PARAMETER + b"(" + ONE + b"tR.",
+    "parameter's grad a number": PARAMETER + b"(" + ONE + b"K\x01" + HOOKS[1:] + b"tR.",
+    "parameter's hooks a dict": PARAMETER + b"(" + ONE + b"\x88}tR.",
     "offset a float": zips.tensor(zips.storage(), 0.0, (1,), (1,)) + b".",
     "offset true": zips.tensor(zips.storage(), True, (1,), (1,)) + b".",
     "shape text": zips.tensor(zips.storage(), 0, "6", (1,)) + b".",
@@ -206,10 +216,28 @@ def test_ordered_dict_as_python_2_pickled_it() -> None:
     assert pickles.load(data, FILE) == {"a": 1, "b": 2}
 
 
-def test_parameters_are_refused_by_name() -> None:
-    """torch.save of Parameters names a function beyond the allow-list; a state_dict holds plain tensors."""
-    raw = zipfile.ZipFile(io.BytesIO(zips.saved({"w": torch.nn.Parameter(torch.ones(2))}))).read("archive/data.pkl")
-    with pytest.raises(errors.UnsafeError, match=r"torch\._utils\._rebuild_parameter"):
+def test_parameters_are_their_tensors() -> None:
+    """As a dictionary of Parameters is saved; torch's own weights_only takes the same function."""
+    tensors = {"w": torch.ones(2, 3), "b": torch.ones(4).half()}
+    for grad in (True, False):
+        saved = {name: torch.nn.Parameter(tensor, requires_grad=grad) for name, tensor in tensors.items()}
+        for protocol in range(2, 6):
+            raw = zips.saved(saved, pickle_protocol=protocol)
+            if protocol == 2:  # the one that torch reads without a warning
+                assert torch.load(io.BytesIO(raw), weights_only=True).keys() == tensors.keys()
+            found = pickles.load(zipfile.ZipFile(io.BytesIO(raw)).read("archive/data.pkl"), FILE)
+            assert b"_rebuild_parameter" in raw
+            assert {name: (t.shape, t.storage.dtype) for name, t in found.items()} == {
+                "w": ((2, 3), DType.F32), "b": ((4,), DType.F16),
+            }  # fmt: skip
+
+
+def test_a_parameter_with_a_state_is_refused() -> None:
+    """Its Python attributes come along by a function that is not on the list."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.note = "x"
+    raw = zipfile.ZipFile(io.BytesIO(zips.saved({"w": parameter}))).read("archive/data.pkl")
+    with pytest.raises(errors.UnsafeError, match=r"torch\._utils\._rebuild_parameter_with_state"):
         pickles.load(raw, FILE)
 
 

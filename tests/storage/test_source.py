@@ -113,7 +113,7 @@ def test_no_regular_file(tmp_path: Path) -> None:
     with pytest.raises(errors.InputError, match="cannot be opened"):
         Source(tmp_path / "none")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(errors.InputError, match="cannot be opened"):
+    with pytest.raises(errors.InputError, match=r"is a link that leads nowhere \(to loop\)"):
         Source(tmp_path / "loop")
 
 

@@ -169,7 +169,10 @@ def test_mutations_anywhere(tmp_path: Path) -> None:
         (b"\0" * 64 + zips.zipped(zips.state()), "put together"),
         (zips.saved([torch.ones(1)]), "no dictionary"),
         (zips.saved(torch.ones(1)), "no dictionary"),
-        (zips.saved({"model": example()}), "not a tensor but dict"),
+        (zips.saved({"weights": example()}), "not a tensor but dict"),
+        (zips.saved({"model": example(), "x": torch.ones(1)}), "tensor model: is not a tensor but dict"),
+        (zips.saved({"model": example(), "state_dict": example()}), "holds model and state_dict, each of which"),
+        (zips.saved({"model": {"model": {"model": {"model": example()}}}}), "not a tensor but dict"),
         (zips.saved({"x": 1}), "not a tensor but int"),
         (zips.saved({"x": None}), "not a tensor but NoneType"),
     ],
@@ -178,6 +181,28 @@ def test_told_apart(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(errors.FormatError, match=message) as caught:
         zips.read(tmp_path / "x.pth", data)
     assert caught.value.file == str(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "module"])
+def test_a_dictionary_in_another_is_the_model(tmp_path: Path, name: str) -> None:
+    """As training loops save it, beside what is of no use here; in one more, and in Parameters too."""
+    beside = {"step": 3, "note": "x", "optimizer": {"lr": [0.1, None]}}
+    parameters = {key: torch.nn.Parameter(tensor) for key, tensor in example().items()}
+    for value in ({name: example()}, {**beside, name: example()}, {"state_dict": {name: example(), **beside}}):
+        assert_same(zips.read(tmp_path / "x.pth", zips.saved(value)), example())
+    assert_same(zips.read(tmp_path / "x.pth", zips.saved({name: OrderedDict(parameters)})), example())
+
+
+def test_a_tensor_may_bear_a_wrappers_name(tmp_path: Path) -> None:
+    tensors = {"model": torch.ones(2), "module": torch.ones(3)}
+    assert_same(zips.read(tmp_path / "x.pth", zips.saved(tensors)), tensors)
+
+
+def test_a_dictionary_in_itself_ends(tmp_path: Path) -> None:
+    endless: dict[str, object] = {}
+    endless["model"] = endless
+    with pytest.raises(errors.FormatError, match="tensor model: is not a tensor but dict"):
+        zips.read(tmp_path / "x.pth", zips.saved(endless))
 
 
 def test_checkpoint_with_an_optimizer_names_what_is_odd(tmp_path: Path) -> None:
