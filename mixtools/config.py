@@ -233,8 +233,7 @@ def _thetas(document: Mapping[str, Any], file: str | Path) -> Iterator[Mapping[s
 
 def _refuse_other_models(document: Mapping[str, Any], file: str | Path) -> None:
     """What says that this is no Mixtral. attention_bias says nothing: transformers' Mixtral does not look at it."""
-    expected = {"model_type": ("mixtral", "transformer"), "hidden_act": ("silu", "swish"),  # "transformer": Mistral's
-                "tie_word_embeddings": (False, True)}  # fmt: skip
+    expected = {"model_type": ("mixtral", "transformer"), "hidden_act": ("silu", "swish")}  # "transformer": Mistral's
     for key, allowed in expected.items():
         if (value := document.get(key, allowed[0])) not in allowed:
             raise ConfigError(f"{key} is {reprlib.repr(value)}; a Mixtral has {allowed[0]!r}", file=file)

@@ -21,7 +21,7 @@ from .layouts.checkpoint import Checkpoint
 from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
-from .names import Slot
+from .names import Role, Slot
 from .storage import plan
 from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
@@ -32,10 +32,13 @@ DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype` "keep" copies bit patterns; `max_shard_bytes` bounds a shard of layout D."""
+    """`dtype` "keep" copies bit patterns; `max_shard_bytes` bounds a shard of layout D; with `keep_tied`
+    a head that is the embedding has no tensor of its own there.
+    """
 
     dtype: str = "keep"
     max_shard_bytes: int = 5_000_000_000
+    keep_tied: bool = False
 
 
 class Work(NamedTuple):
@@ -76,11 +79,14 @@ def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None
     """
     changes = changes or Changes()
     formats = {**_plain(source, options), **changes.formats}
-    tensors = stored_tensors(HF, source.config, formats)
+    if options.keep_tied and not source.tied:
+        raise UsageError("--keep-tied: head and embedding of this model are two tensors", file=source.folder)
+    layout = HF.sharing(Role.HEAD, Role.EMBED) if options.keep_tied else HF
+    tensors = stored_tensors(layout, source.config, formats)
     cast_to = DTYPES[options.dtype].torch_name if options.dtype != "keep" else None
     fragments = (format.fragment() for format in formats.values())
-    beside = documents.for_hf(source, cast_to, _main_dtype(tensors).torch_name, fragments)
-    job = _job(source, HF, options, plan_for(HF, tensors, options.max_shard_bytes), Changes(formats, changes.work))
+    beside = documents.for_hf(source, cast_to, _main_dtype(tensors).torch_name, fragments, options.keep_tied)
+    job = _job(source, layout, options, plan_for(HF, tensors, options.max_shard_bytes), Changes(formats, changes.work))
     return replace(job, **vars(beside))
 
 
@@ -111,12 +117,19 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
     def units(output: Output) -> list[Unit]:
         made = {work.slots[0]: _work_unit(work, source.config, formats) for work in changes.work(output)}
         anew = {slot for unit in made.values() for slot in unit.slots}
-        return [made.get(slot) or copy(slot) for slot in source.slots() if slot in made or slot not in anew]
+        told = {region for unit in made.values() for region in unit.regions}
+        copied = {slot: copy(slot) for slot in source.slots() if slot not in anew}
+        for slot, unit in copied.items():  # of slots that share a tensor the first
+            if told.isdisjoint(unit.regions):
+                told |= {*unit.regions}
+                made[slot] = unit
+        return [made[slot] for slot in source.slots() if slot in made]
 
     files = source.store.sources
     sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
     inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
-    record = {"layout": layout.name, "options": asdict(options)}
+    told = {name: value for name, value in asdict(options).items() if name != "keep_tied" or value}
+    record = {"layout": layout.name, "options": told}
     copies = all(formats[slot] == source.format(slot) and isinstance(formats[slot], Plain) for slot in source.slots())
     return Job(
         inputs, target, units, record, {}, {}, title=layout.title,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from .config import load_json
 from .errors import ConfigError, TokenizerError
 from .layouts.checkpoint import Checkpoint
 from .storage.output import Document
-from .text.pieces import read_model, read_pieces, sentencepiece_encoder
+from .text.declared import Declared, model_file
+from .text.pieces import JSON_FILE, read_model, read_pieces, sentencepiece_encoder
+from .text.pieces import MODEL_FILE as TOKENIZER
 
-TOKENIZER = "tokenizer.model"
 MAX_DOCUMENT = 64 << 20  # bytes of a file that is carried over; the largest tokenizer.json has 17 MB
 _MAX_JSON = 16 << 20
 
@@ -34,7 +35,6 @@ _WEIGHTS = re.compile(  # and what training leaves behind
 )
 _OURS = re.compile(r"mixtools(-check)?\.json|recipe\.yaml|laser-report\..*")  # they tell of other bytes
 _TORRENT = frozenset({"params.json", "RELEASE"})
-_TOKENIZER_MODELS = re.compile(r"tokenizer\.model(\.v\d+.*)?")
 _HF = frozenset(
     {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     | {"added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"}
@@ -63,11 +63,13 @@ def is_hf(source: Checkpoint) -> bool:
 
 
 def for_hf(
-    source: Checkpoint, dtype: str | None, torch_dtype: str, fragments: Iterable[Mapping[str, Any]]
-) -> Documents:
+    source: Checkpoint, dtype: str | None, torch_dtype: str, fragments: Iterable[Mapping[str, Any]],
+    keep_tied: bool = False,
+) -> Documents:  # fmt: skip
     """`dtype`: what the weights were cast to, None where they were kept; `torch_dtype`: what most of them are.
 
-    `fragments`: what the formats of the weights add to the configuration. Raises TokenizerError, ConfigError or
+    `fragments`: what the formats of the weights add to the configuration; `keep_tied`: a tied head has no tensor.
+    Raises TokenizerError, ConfigError or
     InputError for a document that cannot be read or converted.
     """
     files, notes = carried(source.folder, without=_TORRENT | {"config.json"})
@@ -79,13 +81,18 @@ def for_hf(
     elif (path := source.folder / "tokenizer_config.json").is_file():
         changed = tokenizer_config(load_json(path, _MAX_JSON), path)
         files |= {} if changed is None else {path.name: _json(changed)}
-    if not files.keys() & {"tokenizer.json", "tokenizer_config.json"} and (model := _model(files)) is not None:
+    model = model_file(source.folder)
+    if not files.keys() & {"tokenizer.json", "tokenizer_config.json"} and model is not None:
         from .text.tokenizer_files import hf_files
 
-        files |= hf_files(source.folder / model)
-    _expect_tokenizer(source.folder, files)
-    missing = () if "tokenizer.json" in files or _model(files) else (TOKENIZER,)
-    return Documents(files, {"config.json": _json(config)}, missing, notes=notes)
+        files |= hf_files(model)
+    _expect_tokenizer(source.folder, model)
+    missing = () if "tokenizer.json" in files or model else (TOKENIZER,)
+    if source.tied and not keep_tied:
+        notes += ("head and embedding are one tensor (tied); the output has both, --keep-tied keeps one",)
+    if source.document.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = source.tied and keep_tied
+    return Documents(files, {"config.json": _json(config)}, missing, notes=source.remarks + notes)
 
 
 def hf_config(source: Checkpoint, dtype: str | None, torch_dtype: str) -> dict[str, Any]:
@@ -134,73 +141,59 @@ def tokenizer_config(document: Any, path: Path) -> dict[str, Any] | None:
 def for_torrent(source: Checkpoint) -> Documents:
     """params.json, tokenizer.model, and what is no document of Hugging Face's. Raises as `for_hf`."""
     files, notes = carried(source.folder, without=_HF | {"params.json"})
-    for name in filter(_TOKENIZER_MODELS.fullmatch, [*files]):  # published only once it is known to be one
-        read_pieces(read_model(source.folder / name), source.folder / name)
+    model = model_file(source.folder)
+    if model is not None:  # published only once it is known to be one
+        read_pieces(read_model(model), model)
     params = source.config.to_params()
     if not is_hf(source):
         told = source.document
         moe = told.get("moe")
         params = {**told, **{key: value for key, value in params.items() if key not in told}}
         params["moe"] = {**source.config.to_params()["moe"], **(moe if isinstance(moe, Mapping) else {})}
-    missing = () if _model(files) else (TOKENIZER,)
-    not_kept = tuple(_not_kept(source, files)) if is_hf(source) else ()
-    return Documents(files, {"params.json": _json(params)}, missing, not_kept, notes)
+    missing = () if model else (TOKENIZER,)
+    not_kept = tuple(_not_kept(source, model)) if is_hf(source) else ()
+    return Documents(files, {"params.json": _json(params)}, missing, not_kept, source.remarks + notes)
 
 
-def _not_kept(source: Checkpoint, files: Mapping[str, Document]) -> Iterable[str]:
+def _not_kept(source: Checkpoint, model: Path | None) -> Iterator[str]:
     """What mistral's layouts have no place for."""
-    folder, model = source.folder, _model(files)
-    if added := _added_tokens(folder, model):
+    declared = Declared.of(source.folder)
+    if added := _added_tokens(source.folder, declared, model):
         yield f"the added tokens {', '.join(added)}"
-    if (template := _template(folder)) is not None and template != _own_template(folder, model):
+    if (template := declared.template()) is not None and template != _own_template(model):
         yield "the chat template"
-    generation = _object(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", source.document.get("eos_token_id", 2))
-    if eos not in (2, [2], None):
-        yield f"eos_token_id {json.dumps(eos)}"
-    rope = source.document.get("rope_scaling") or source.document.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
-    if kind != "default":
-        yield f"the rope scaling ({kind})"
+    if declared.ends not in ((), (2,)):
+        yield f"eos_token_id {', '.join(map(str, declared.ends))}"
+    if source.config.rope_scaling is not None:
+        yield f"the rope scaling ({source.config.rope_scaling.type}) in a key that mistral's own programs read"
 
 
-def _added_tokens(folder: Path, model: str | None) -> list[str]:
-    """Tokens that the tokenizer.model of that name has no piece for, by id."""
-    found: dict[int, str] = {}
-    for token in _object(folder / "tokenizer.json").get("added_tokens") or ():
-        found[token["id"]] = token["content"]
-    for text, index in _object(folder / "added_tokens.json").items():
-        found[index] = text
-    for number, token in (_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
-        found[int(number)] = token["content"]
-    known = {piece.text for piece in read_pieces(read_model(folder / model), folder / model).all} if model else set()
+def _added_tokens(folder: Path, declared: Declared, model: Path | None) -> list[str]:
+    """Tokens that tokenizer.model has no piece for, by id."""
+    found = {index: token.content for index, token in declared.added.items()}
+    if (path := folder / JSON_FILE).is_file():
+        found |= {token["id"]: token["content"] for token in _object(path).get("added_tokens") or ()}
+    known = {piece.text for piece in read_pieces(read_model(model), model).all} if model else set()
     return [text for _, text in sorted(found.items()) if text not in known]
 
 
-def _template(folder: Path) -> object:
-    path = folder / "chat_template.jinja"
-    return path.read_text("utf-8") if path.is_file() else _object(folder / "tokenizer_config.json").get("chat_template")
-
-
-def _own_template(folder: Path, model: str | None) -> object:
+def _own_template(model: Path | None) -> object:
     """The one that such a tokenizer.model means, by itself."""
     from .text.tokenizer_files import hf_files
 
-    made = hf_files(folder / model) if model else {}
-    return json.loads(made["tokenizer_config.json"])["chat_template"] if made else None
+    return json.loads(hf_files(model)["tokenizer_config.json"])["chat_template"] if model else None
 
 
 # --- both ---
 
 
-def _expect_tokenizer(folder: Path, files: Iterable[str]) -> None:
-    """Of the files to be copied the tokenizer must be one: a link to somebody's secret is not to be published."""
-    if "tokenizer.json" in files:
-        path = folder / "tokenizer.json"
-        if path.is_file() and not isinstance(_object(path).get("model"), dict):
+def _expect_tokenizer(folder: Path, model: Path | None) -> None:
+    """What is copied as the tokenizer must be one: a link to somebody's secret is not to be published."""
+    if (path := folder / JSON_FILE).is_file():
+        if not isinstance(_object(path).get("model"), dict):
             raise TokenizerError("is no tokenizer: it has no model", file=path)
-    elif (model := _model(files)) is not None:
-        sentencepiece_encoder(read_model(folder / model), folder / model)
+    elif model is not None:
+        sentencepiece_encoder(read_model(model), model)
 
 
 def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], tuple[str, ...]]:
@@ -243,11 +236,6 @@ def _images(folder: Path) -> list[str]:
             if len(path.parts) > 1 and not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
         }
     )
-
-
-def _model(files: Iterable[str]) -> str | None:
-    """The name of the tokenizer.model among them."""
-    return next(filter(_TOKENIZER_MODELS.fullmatch, sorted(files)), None)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_a_command_has_the_function_s_names_and_defaults(name: str) -> None:
     offered = {SPELLED.get(option.name, option.name) for option in command(name).params}
     callbacks = {"progress", "on_text", "on_begin", "on_step"}
     missing = parameters.keys() - offered - callbacks
-    assert missing <= ({"to", "max_shard_size"} if name.startswith("convert") else set())
+    assert missing <= ({"to", "max_shard_size", "keep_tied"} if name.startswith("convert") else set())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

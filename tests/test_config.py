@@ -188,7 +188,6 @@ def test_nonsensical_experts(field: str, value: object) -> None:
         ({"model_type": "llama"}, "'llama'; a Mixtral has 'mixtral'"),
         ({"model_type": [["x"]]}, "a Mixtral has"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"sliding_window": 0}, "sliding_window is 0, which no model has"),
         ({"sliding_window": -1}, "sliding_window"),
         ({"sliding_window": [4096, 32768]}, "sliding_window is .*, not an integer"),

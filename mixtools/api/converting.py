@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from ..writing import Written
 
 Dtype = Annotated[str, Option("keep|bf16|f16|f32", "keep copies bit patterns.")]
+KeepTied = Annotated[bool, Option("", "A head that is the embedding stays one tensor with it.")]
 
 
 def convert(
     source: Source, out: Out,
     to: Annotated[str, Option("hf|torrent|consolidated", "The layout to write.")] = "hf", *,
-    dtype: Dtype = "keep", max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = "keep", max_shard_size: ShardSize = "5GB", keep_tied: KeepTied = False,
     dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
     jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
     progress: Progress | Callback | None = None,
@@ -30,8 +31,8 @@ def convert(
     """A checkpoint in another layout, or re-sharded or cast in its own.
 
     `to`: "hf" (Hugging Face, safetensors in shards), "torrent" (consolidated.00.pth) or "consolidated"
-    (consolidated.safetensors). `max_shard_size` is for "hf". Memory: a few MB a job, or a tensor where it must be
-    transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where `max_memory` is too
+    (consolidated.safetensors). `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a
+    tensor where it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where `max_memory` is too
     small for one job, and the errors of reading the source and writing the output (errors.py).
     """
     from ..hub.opening import open_model
@@ -41,7 +42,7 @@ def convert(
     check_device(device)
     limit = parse_limit(max_memory)
     checkpoint = open_model(source)
-    job = _plan(checkpoint, to, dtype, parse_size(max_shard_size, "max_shard_size"))
+    job = _plan(checkpoint, to, dtype, parse_size(max_shard_size, "max_shard_size"), keep_tied)
     return write(
         job, checkpoint, Path(out), Run(overwrite, resume, jobs, watched(progress)), limit=limit, dry_run=dry_run
     )
@@ -66,6 +67,7 @@ def torrent_to_hf(
 
 def to_hf(
     source: Source, out: Out, *, dtype: Dtype = "keep", max_shard_size: ShardSize = "5GB",
+    keep_tied: KeepTied = False,
     dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
     jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
     progress: Progress | Callback | None = None,
@@ -75,8 +77,8 @@ def to_hf(
     Example: mixtools convert to-hf Mixtral-8x7B-v0.1 Mixtral-8x7B-f16 --dtype f16 --max-shard-size 10GB
     """
     return convert(
-        source, out, "hf", dtype=dtype, max_shard_size=max_shard_size, dry_run=dry_run, resume=resume,
-        overwrite=overwrite, jobs=jobs, max_memory=max_memory, device=device, progress=progress,
+        source, out, "hf", dtype=dtype, max_shard_size=max_shard_size, keep_tied=keep_tied, dry_run=dry_run,
+        resume=resume, overwrite=overwrite, jobs=jobs, max_memory=max_memory, device=device, progress=progress,
     )  # fmt: skip
 
 
@@ -116,10 +118,10 @@ def _of_layout(source: Source, letters: tuple[str, ...], otherwise: str) -> Chec
     return checkpoint
 
 
-def _plan(source: Checkpoint, to: str, dtype: str, max_shard_bytes: int) -> Job:
+def _plan(source: Checkpoint, to: str, dtype: str, max_shard_bytes: int, keep_tied: bool) -> Job:
     from .. import conversion
 
-    options = conversion.Options(dtype=dtype, max_shard_bytes=max_shard_bytes)
+    options = conversion.Options(dtype=dtype, max_shard_bytes=max_shard_bytes, keep_tied=keep_tied)
     if to == "hf":
         return conversion.plan_hf(source, options)
     if to not in ("torrent", "consolidated"):

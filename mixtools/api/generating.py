@@ -198,5 +198,5 @@ def talker(
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
     loaded = Mixtral.load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
     checkpoint.finish()
-    notes = tuple(told for told in (remark, rerouted) if told)
+    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted) if told)
     return Talker(loaded, tokenizer, how, notes, stops, parse_special)

@@ -51,6 +51,12 @@ class Inspection(Result):
             f"  {config['num_heads']} heads on {config['num_kv_heads']} key-value heads of {config['head_dim']}, "
             f"context {config['max_position_embeddings']}, rope theta {config['rope_theta']:g}"
         )
+        if window := config["sliding_window"]:
+            yield f"  a token sees {window} positions (sliding window)"
+        if scaling := config["rope_scaling"]:
+            yield f"  positions stretched: {scaling['type']}, by {scaling['factor']:g}"
+        if document["tied"]:
+            yield "  head and embedding are one tensor (tied)"
         covered = f"{document['checksums']} of {document['tensors']} tensors carry a checksum"
         yield f"  {len(document['files'])} files; {covered}"
         for tensor in document.get("tensors_list", ()):

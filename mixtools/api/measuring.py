@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..machine import check_device, find_device, human_bytes, human_time, memory_for, parse_limit
-from ..options import ComputeDtype, Ctx, Device, ExpertsPerToken, MaxMemory, MaxTokens, Model, Protocol, Stride
+from ..options import (
+    ComputeDtype,
+    Ctx,
+    Device,
+    ExpertsPerToken,
+    MaxMemory,
+    MaxTokens,
+    Model,
+    ParseSpecial,
+    Protocol,
+    Stride,
+)
 from ..progress import Callback, Progress, watched
 from ..verbs import Option, Result
 
@@ -66,7 +77,8 @@ class Measured(Result):
 def perplexity(
     model: Model, text: Annotated[str | Path, Option("FILE", "UTF-8 text, taken as it stands.")], *,
     protocol: Protocol = "gptq", ctx: Ctx = None, stride: Stride = None, max_tokens: MaxTokens = None,
-    experts_per_token: ExpertsPerToken = None, dtype: ComputeDtype = "auto", device: Device = "auto",
+    parse_special: ParseSpecial = False, experts_per_token: ExpertsPerToken = None,
+    dtype: ComputeDtype = "auto", device: Device = "auto",
     max_memory: MaxMemory = None, progress: Progress | Callback | None = None,
 ) -> Measured:  # fmt: skip
     """Perplexity over a text, a layer at a time: the model may be larger than memory.
@@ -87,7 +99,8 @@ def perplexity(
     checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     remark = tokenizer.check_vocab(checkpoint.config)
-    ids = tokenizer.encode(content)
+    ids = tokenizer.encode(content, parse_special=parse_special)
+    tokenizer.expect_known(ids[:max_tokens], checkpoint.config)
     windows = engine.cut(ids, protocol, bos_id=tokenizer.bos_id, ctx=ctx, stride=stride, max_tokens=max_tokens)
     where = find_device(device)
     stream = Stream(
@@ -97,7 +110,8 @@ def perplexity(
     found = engine.measure(stream, windows, engine.spell(tokenizer, ids, windows)).document()
     checkpoint.finish()
     remarks = [told for told in (rerouted, engine.line_ends(content), *found["remarks"]) if told]
-    return Measured(**{**found, "remarks": tuple(remarks)}, notes=(remark,) if remark else ())
+    notes = (*checkpoint.remarks, *([remark] if remark else []))
+    return Measured(**{**found, "remarks": tuple(remarks)}, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,10 @@ def from_text(ids: Sequence[int], new_tokens: int, prompts: int = PROMPTS, lengt
 
 
 def for_prompts(
-    source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, mode: str = "auto", text: Forced | None = None
-) -> Forced:
-    """Continue the prompts: greedily by the source, or by text (`mode`: see MODES).
+    source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, mode: str = "auto",
+    text: Forced | None = None, *, ends: Sequence[int] = (EOS,),
+) -> Forced:  # fmt: skip
+    """Continue the prompts: greedily by the source, up to one of `ends`, or by text (`mode`: see MODES).
 
     `text`: the continuations in that case; None takes the prompts' own second parts. "auto" is greedy where the source
     fits in the memory allowed. Raises UsageError for another mode, InputError for a prompt too short to be divided, and
@@ -75,7 +76,8 @@ def for_prompts(
     fits = _fits(source, prompts, new_tokens)
     if mode == "text" or (mode == "auto" and not fits):
         return text or _divided(prompts, new_tokens)
-    continuations = _in_memory(source, prompts, new_tokens) if fits else _layer_major(source, prompts, new_tokens)
+    write = _in_memory if fits else _layer_major
+    continuations = write(source, prompts, new_tokens, ends)
     return Forced(prompts, continuations, "greedy")
 
 
@@ -100,17 +102,18 @@ def _fits(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     return True
 
 
-def _in_memory(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def _in_memory(
+    source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """With the end, which generate leaves out: that the source ended is a choice to compare, too."""
     model = Mixtral.load(source.reader, source.device, source.dtype)
-    texts = generate(model, prompts, Options(max_new_tokens=new_tokens))
-    limit = source.config.reach
-    for ids, text in zip(prompts, texts, strict=True):
-        if len(text) < min(new_tokens, limit - len(ids)):
-            text.append(EOS)  # generate leaves it out; an end that the source chose is a choice to compare, too
-    return texts
+    texts = generate(model, prompts, Options(max_new_tokens=new_tokens, stop=()))
+    return [text[: next((at + 1 for at, token in enumerate(text) if token in ends), None)] for text in texts]
 
 
-def _layer_major(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def _layer_major(
+    source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
+) -> list[list[int]]:
     """The whole model is read once for each new token, whatever the number of prompts."""
     texts = [list(ids) for ids in prompts]
     alive = list(range(len(texts)))
@@ -120,7 +123,7 @@ def _layer_major(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: i
             best = torch.cat([logits.argmax(-1).cpu() for _, logits in source.logits(states, last)]).tolist()
         for i, token in zip(alive, best, strict=True):
             texts[i].append(token)
-        alive = [i for i in alive if texts[i][-1] != EOS]
+        alive = [i for i in alive if texts[i][-1] not in ends]
         if not alive:
             break
     return [text[len(ids) :] for text, ids in zip(texts, prompts, strict=True)]

@@ -155,11 +155,15 @@ def compare_configs(source: MixtralConfig, output: MixtralConfig, file: object =
     return [
         ConfigError(
             f"{key} is not the source's" + (f" ({causes[key]})" if key in causes else ""),
-            file=None if file is None else str(file), expected=value, found=theirs[key],
+            file=None if file is None else str(file), expected=_shown(value), found=_shown(theirs[key]),
         )
         for key, value in asdict(source).items()
         if theirs[key] != value
     ]  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
 
 
 def compare(

@@ -78,14 +78,6 @@ def _says_tied(document: Mapping[str, Any], file: Path) -> bool:
     return value is True
 
 
-def stays_inside(folder: Path, path: Path) -> bool:
-    """No link out of the folder, except into the blobs of huggingface-hub's own cache."""
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
-    return any(path.resolve().is_relative_to(root) for root in roots)
-
-
 def _open(folder: Path, family: Family, names: list[str]) -> list[Source]:
     if family.layouts == (SPLIT,):
         numbers = [int(name.rpartition("split")[2]) for name in names]

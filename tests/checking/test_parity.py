@@ -227,10 +227,11 @@ def test_nothing_to_compare_compares_nothing():
     assert parity.compare(stream(reader), stream(reader), None) == (None, None)
 
 
-def test_layer_major_continuations_end_with_the_last_prompt(nano, ids, monkeypatch):
+def test_continuations_end_with_the_last_prompt(nano, ids):
     """An end that every prompt has reached ends the reading, too."""
     prompts = [ids[:12], ids[40:60]]
-    free = continuations._layer_major(stream(nano), prompts, 3)
-    monkeypatch.setattr(continuations, "EOS", free[0][1])
-    one = continuations._layer_major(stream(nano), prompts[:1], 9)
-    assert one == [free[0][: free[0].index(free[0][1]) + 1]]
+    free = continuations._layer_major(stream(nano), prompts, 3, ())
+    whole = free[0][: free[0].index(free[0][1]) + 1]
+    for write in (continuations._layer_major, continuations._in_memory):
+        assert write(stream(nano), prompts[:1], 9, (7, free[0][1])) == [whole], "with its end, of several"
+        assert [len(text) for text in write(stream(nano), prompts, 3, ())] == [3, 3]

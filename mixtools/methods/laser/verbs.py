@@ -233,7 +233,7 @@ def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str]) -> Reduced:
     began = time.monotonic()
     done = run(job, out, how)
     done |= {"seconds": round(time.monotonic() - began, 3), "peak_memory_bytes": peak_memory()}
-    return Reduced(out, job.inputs.folder, engine.read_report(out), done, tuple(notes))
+    return Reduced(out, job.inputs.folder, engine.read_report(out), done, (*job.notes, *notes))
 
 
 def _open(source: Source, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
