@@ -31,9 +31,9 @@ def convert(
     """A checkpoint in another layout, or re-sharded or cast in its own.
 
     `to`: "hf" (Hugging Face, safetensors in shards), "torrent" (consolidated.00.pth) or "consolidated"
-    (consolidated.safetensors). `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a
-    tensor where it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where `max_memory` is too
-    small for one job, and the errors of reading the source and writing the output (errors.py).
+    (consolidated.safetensors). `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a tensor where
+    it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where `max_memory`
+    is too small for one job, and the errors of reading the source and writing the output (errors.py).
     """
     from ..hub.opening import open_model
     from ..job import Run

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InputError, MixtoolsError, TokenizerError, UsageError
+from ..errors import ConfigError, InputError, MixtoolsError, TokenizerError, UsageError
 from ..inference.stream import Stream
 from ..machine import peak_memory
 from ..progress import Progress, Silent
-from ..text.pieces import JSON_FILE, MODEL_FILE
-from ..text.tokenizer import Tokenizer
-from . import continuations, gates, integrity, parity
+from ..text.tokenizer import Tokenizer, has_tokenizer
+from . import beside, continuations, gates, integrity, parity
 from .perplexity import Windows, cut, line_ends, read_text
 
 if TYPE_CHECKING:
@@ -107,8 +106,9 @@ def run(
     text = _prepare(source, output, options) if options.text or options.prompts else None
     check = Check({})
     problems, comparison = _integrity(source, output, machine)
+    configuration, tokenizer = _beside(source, output, problems, compared=comparison is not None)
     problems += text.problems if text else []
-    remarks: list[str] = list(text.remarks) if text else []
+    remarks = [*source.remarks, *output.remarks, *(text.remarks if text else ())]
     readable = comparison is not None and source.config.vocab_size == output.config.vocab_size
     if readable and text is not None:
         streams = [_stream(checkpoint, machine) for checkpoint in (source, output)]
@@ -128,6 +128,7 @@ def run(
             "problems": [problem.document()["error"] for problem in problems],
             **(comparison.document() if comparison else {}),
         },
+        "configuration": beside.section(configuration), "tokenizer": beside.section(tokenizer),
         "perplexity": None, "kld": None, "same_top": None, "rms_delta_p": None,
         **(check.figures.document() if check.figures else {}),
         "generation": check.generation.document() if check.generation else None,
@@ -159,6 +160,29 @@ def _integrity(
         return problems, None
     comparison = integrity.compare(source, output, machine.progress, file=output.folder)
     return list(comparison.problems), comparison
+
+
+def _beside(
+    source: Checkpoint, output: Checkpoint, problems: list[MixtoolsError], *, compared: bool
+) -> tuple[list[beside.Difference], list[beside.Difference]]:
+    """Differences of configuration and tokenizer; those that nothing means are problems, too.
+
+    `compared`: what MixtralConfig carries is among the problems already, with its usual cause.
+    """
+    known = beside.typed_keys(source) if compared else set()
+    found: list[list[beside.Difference]] = []
+    for look, kind in ((beside.configuration, ConfigError), (beside.tokenizer, TokenizerError)):
+        differences: list[beside.Difference] = []
+        try:
+            differences = look(source, output)
+        except MixtoolsError as error:
+            if str(error) not in map(str, problems):
+                problems.append(error)
+        meant = (one.expected or (one.file == beside.CONFIG and one.key in known) for one in differences)
+        faults = [one for one, fine in zip(differences, meant, strict=True) if not fine]
+        problems += [one.problem(output.folder, kind) for one in faults]
+        found.append(differences)
+    return found[0], found[1]
 
 
 def _measured(options: Options) -> set[str]:
@@ -207,8 +231,7 @@ def _prepare(source: Checkpoint, output: Checkpoint, options: Options) -> _Text:
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
-    there = any((folder / name).exists() for name in (MODEL_FILE, JSON_FILE))
-    return Tokenizer.from_folder(folder) if there else None
+    return Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
 
 
 def _same_ids(source: Tokenizer, output: Tokenizer, texts: list[str]) -> list[MixtoolsError]:
@@ -231,14 +254,15 @@ def _same_ids(source: Tokenizer, output: Tokenizer, texts: list[str]) -> list[Mi
 def _forced(source: Stream, text: _Text, options: Options) -> parity.Forced | None:
     if options.new_tokens < 1:
         return None
+    ends = text.tokenizer.end_ids
     if text.prompts is not None:
-        return continuations.for_prompts(source, text.prompts, options.new_tokens, options.generation)
+        return continuations.for_prompts(source, text.prompts, options.new_tokens, options.generation, ends=ends)
     assert text.ids is not None
     try:
         places = continuations.from_text(text.ids[: options.max_tokens], options.new_tokens)
     except InputError:  # a text too short for prompts still has its perplexity
         return None
-    return continuations.for_prompts(source, places.prompts, options.new_tokens, options.generation, places)
+    return continuations.for_prompts(source, places.prompts, options.new_tokens, options.generation, places, ends=ends)
 
 
 def _values(

@@ -28,6 +28,7 @@ TITLES: dict[Verdict, str] = {"passed": "Passed", "intact": "Intact, not judged"
 _ON_A_TERMINAL: dict[Verdict, str] = {"passed": "passed", "intact": "intact, not judged", "failed": "FAILED"}
 _NOT_MEASURED = "change of perplexity not measured: give a text with --text FILE"
 _WIDTH, _HEIGHT, _FOOT = 620, 140, 22  # of a histogram, in its own units
+_MEANT_SHOWN = 4  # on a terminal; the document has all
 _MARGIN_CLEAR = 1.0  # nats: above, the source preferred its token by more than e to 1
 
 
@@ -88,11 +89,23 @@ def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
     for gate in document["gates"]:
         held = "passed" if gate["passed"] else "FAILED"
         yield f"gate {gate['name']}: {_found(gate['value'])}, limit {gate['limit']:g}: {held}"
+    if meant := list(_meant(document)):
+        more = f" and {len(meant) - _MEANT_SHOWN} more" if len(meant) > _MEANT_SHOWN else ""
+        yield f"changed, as meant: {'; '.join(meant[:_MEANT_SHOWN])}{more}"
     for remark in document["remarks"]:
         yield f"note: {remark}"
     if folder is not None:
         yield f"report: {folder / 'report.html'}"
     yield f"checked: {_ON_A_TERMINAL[document['verdict']]}. {headline(document)}"
+
+
+def _meant(document: dict[str, Any]) -> Iterator[str]:
+    """Differences beside the weights that the transformation means; files that are made for who has none are no news."""
+    for part in ("configuration", "tokenizer"):
+        for one in document[part]["differences"]:
+            if one["expected"] and one["output"] != "there":
+                before, after = ("none" if value is None else value for value in (one["source"], one["output"]))
+                yield " ".join(filter(None, (one["file"], one["key"], f"{before} -> {after}")))
 
 
 def headline(document: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ class Tokenizer:
         if engine.after:
             self.remarks += (f"{engine.file}: EOS goes after every text, as its documents say (add_eos_token)",)
         self.special: Mapping[str, int] = engine.special  # ids of the special tokens
+        self.meanings = engine.meanings  # of each id
         self._engine = engine
         self._declared = declared
 
