@@ -10,6 +10,7 @@ A torrent has no config.json and no tokenizer.json: those are made (config.to_hf
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from urllib.parse import unquote
 
 from . import formats
 from .config import load_json
-from .errors import ConfigError, TokenizerError
+from .errors import ConfigError, InputError, TokenizerError
 from .layouts.checkpoint import Checkpoint
 from .storage.output import Document
-from .text.declared import Declared, model_file
+from .text.declared import TEMPLATES, Declared, model_file
 from .text.pieces import JSON_FILE, read_model, read_pieces, sentencepiece_encoder
 from .text.pieces import MODEL_FILE as TOKENIZER
 
@@ -199,8 +200,9 @@ def _expect_tokenizer(folder: Path, model: Path | None) -> None:
 def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], tuple[str, ...]]:
     """Files of a checkpoint's folder to copy as they are, and notes on those that are not.
 
-    All but weights, hidden files, what mixtools tells of its own outputs, and the names `without`; of folders in it the
-    images that its README shows. The folder may consist of links (layouts.md): what they point to is copied.
+    All but weights, hidden files, what mixtools tells of its own outputs, and the names `without`; of folders in it
+    the images that its README shows, and further templates. The folder may consist of links (layouts.md): what they
+    point to is copied. Raises InputError for what may not be read.
     """
     left, notes = {*without}, []
     found: dict[str, Document] = {}
@@ -216,10 +218,14 @@ def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], 
             notes.append(f"{name} is not copied: {size / 1e6:.0f} MB are more than a document has")
         else:
             found[name] = path
-    for name in _images(folder):
+    below = [path.relative_to(folder).as_posix() for path in folder.glob(f"{TEMPLATES}/*.jinja")]
+    for name in (*_images(folder), *sorted(below)):
         path = folder / name
         if path.is_file() and path.stat().st_size <= MAX_DOCUMENT:
             found[name] = path
+    for path in map(folder.joinpath, found):  # now, not after hours of work
+        if not os.access(path, os.R_OK):
+            raise InputError("cannot be read (permission denied)", file=path)
     return found, tuple(notes)
 
 

@@ -28,6 +28,7 @@ BESIDE = {
     "trainer_state.json": b"{ }",
     "modeling_custom.py": b"import os\n",
     "NOTICE": b"",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 LEFT = {  # weights, what training leaves, what is hidden, what tells of other bytes
     "training_args.bin": b"x",

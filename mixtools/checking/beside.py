@@ -24,7 +24,7 @@ from .. import formats
 from ..config import load_json
 from ..errors import ConfigError, MixtoolsError, TokenizerError
 from ..layouts.checkpoint import Checkpoint
-from ..text.declared import has_tokenizer, model_file
+from ..text.declared import TEMPLATES, has_tokenizer, model_file
 from ..text.pieces import JSON_FILE, read_model, read_pieces
 from ..text.tokenizer import Tokenizer
 
@@ -185,7 +185,8 @@ def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
 
 def _names(folder: Path) -> list[str]:
     model = model_file(folder)
-    return [name for name in _FILES if (folder / name).is_file()] + ([model.name] if model else [])
+    others = sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja"))
+    return [name for name in (*_FILES, *others) if (folder / name).is_file()] + ([model.name] if model else [])
 
 
 def _all_equal(ours: Path, theirs: Path) -> bool:

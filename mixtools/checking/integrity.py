@@ -76,7 +76,8 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout": checkpoint.layout.name,
         "title": checkpoint.layout.title,
         "config": asdict(checkpoint.config),
-        "parameters": checkpoint.config.num_parameters,
+        "parameters": checkpoint.config.num_parameters
+        - checkpoint.tied * checkpoint.config.vocab_size * checkpoint.config.hidden_size,
         "tensors": len(store.entries),
         "bytes": sum(entry.nbytes for entry in store.entries.values()),
         "bytes_by_dtype": {dtype.value: count for dtype, count in checkpoint.bytes_by_dtype().items()},

@@ -100,7 +100,7 @@ def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
 
 
 def _meant(document: dict[str, Any]) -> Iterator[str]:
-    """Differences beside the weights that the transformation means; files that are made for who has none are no news."""
+    """Differences beside the weights that the transformation means; a file that is made for who has none is no news."""
     for part in ("configuration", "tokenizer"):
         for one in document[part]["differences"]:
             if one["expected"] and one["output"] != "there":

@@ -23,6 +23,7 @@ from .pieces import JSON_FILE, MODEL_FILE, read_model
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"  # a folder of others than the default, since transformers 4.52
 _MAX_BYTES = 1 << 24  # tokens by the thousand, and a template
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VERSION = re.compile(re.escape(MODEL_FILE) + r"\.v(\d+)")

@@ -310,6 +310,17 @@ def test_a_file_more_fails(source: Path, output: Path) -> None:
     fails(output, source, "tokenizer", "chat_template.jinja", "")
 
 
+def test_a_further_template(tmp_path: Path) -> None:
+    source = finetunes.chatml(tmp_path / "source")
+    name = "additional_chat_templates/tool_use.jinja"
+    (source / name).parent.mkdir()
+    (source / name).write_text("{{ tools }}")
+    out = go(to_hf, source, tmp_path / "out")
+    assert check(out, source, "passed")["tokenizer"]["differences"] == []
+    (out / name).write_text("{{ tool }}")
+    fails(out, source, "tokenizer", name, "")
+
+
 def test_no_tokenizer_left(source: Path, output: Path) -> None:
     for path in output.glob("*token*"):
         path.unlink()
