@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mixtools import documents, errors, job
 from mixtools.cli.main import main
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.methods.laser import run as laser
+from mixtools.storage.store import Store
 
 CARD = b"# Dolphin\n![curve](images/loss%20curve.png)\n<img src='./assets/a/b.webp'>\n![far](https://x.org/images/far.png)\n"
 BESIDE = {
@@ -271,3 +273,42 @@ def test_laser_of_what_it_made(tmp_path: Path) -> None:
     assert not (second / "laser-report.json").exists()
     assert loaded(lasered(second, tmp_path / "third") / "laser-report.json")["laser"]["layers"] == "1"
     assert laser.Options(layers="1").layers == "1"
+
+
+def test_overwriting_what_was_edited_is_refused_before_a_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that its owner wrote over ours, a configuration that he mended: hours later would be too late."""
+    source = finetunes.chatml(tmp_path / "source")
+    fill(source, BESIDE)
+    out = go(to_hf, source, tmp_path / "out")
+    (out / "README.md").write_text("# mine")
+    (out / "results.csv").write_text("mine")
+    monkeypatch.setattr(Store, "read_rows", None)
+    with pytest.raises(errors.OutputExists, match=r"holds README\.md, which was changed since mixtools wrote it"):
+        go(to_hf, source, out, overwrite=True)
+    monkeypatch.undo()
+    (out / "README.md").rename(out / "README.mine.md")
+    go(to_hf, source, out, overwrite=True)
+    assert (out / "README.md").read_bytes() == CARD
+    assert (out / "README.mine.md").read_text() == "# mine" and (out / "results.csv").read_text() == "mine"
+
+
+def test_a_report_in_the_way_is_refused_before_a_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = finetunes.base(tmp_path / "source")
+    out = go(to_hf, source, tmp_path / "out")
+    (out / "laser-report.html").write_text("mine")
+    monkeypatch.setattr(Store, "read_rows", None)
+    with pytest.raises(errors.OutputExists, match=r"holds laser-report\.html, which was not written by mixtools"):
+        mixtools.laser(source, out, layers="1", targets="w2", rank_rule="rank=4", overwrite=True)
+
+
+def test_what_may_not_be_read_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = finetunes.base(tmp_path / "source")
+    (source / "README.md").write_text("x")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK and Path(path).name != "README.md")  # not root
+    with pytest.raises(errors.InputError, match="permission denied") as caught:
+        to_hf(open_checkpoint(source))
+    assert caught.value.file == str(source / "README.md")

@@ -221,13 +221,14 @@ def _prepare(source: Checkpoint, output: Checkpoint, options: Options) -> _Text:
     if (tokenizer := tokenizer or theirs) is None:
         raise TokenizerError("holds no tokenizer", file=source.folder)
     ids = None if content is None else tokenizer.encode(content)
+    tokenizer.expect_known((ids or [])[: options.max_tokens], source.config)
     windows = None if ids is None else cut(
         ids, options.protocol, bos_id=tokenizer.bos_id,
         ctx=options.ctx, stride=options.stride, max_tokens=options.max_tokens,
     )  # fmt: skip
     prompts = None if spoken is None else [tokenizer.encode(text) for text in spoken]
-    told = line_ends(content or "")
-    return _Text(tokenizer, ids, windows, prompts, problems, (told,) if told else ())
+    told = (line_ends(content or ""), tokenizer.check_vocab(source.config))
+    return _Text(tokenizer, ids, windows, prompts, problems, tuple(filter(None, told)))
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -24,6 +24,7 @@ from mixtools.storage.replacing import WORK
 
 CALLS = ("pwrite", "write", "fsync", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
 OLD = {"model-00001-of-00009.safetensors": b"old weights", "laser-report.csv": b"", **dict.fromkeys(LAST, b"older")}
+OLD[PLAN.files[0].name] = b"old weights that the new ones replace by name"
 OLD[manifest.NAME] = listed(OLD)
 
 

@@ -100,6 +100,9 @@ def _matrices(rows: Sequence[Row]) -> str:
     return rows[0]["tensor"] if len(rows) == 1 else f"{len(rows)} matrices ({rows[0]['tensor']}, ...)"
 
 
+FILES = tuple(f"{NAME}.{kind}" for kind in ("json", "csv", "html"))
+
+
 def documents(report: Mapping[str, Any]) -> dict[str, bytes]:
     """The three files by name."""
     return {

@@ -223,6 +223,7 @@ def plan_laser(
         job, record={**job.record, **told, **_digest(known)}, label="reducing",
         jobs=1 if calibration else None,  # layers in their order
         report=lambda output: pages.documents(_report(source, told, known, output)),
+        reports=pages.FILES,
     )  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def plan_search(
 
     shards = conversion.Options(max_shard_bytes=options.max_shard_bytes)
     job = conversion.plan_hf(source, shards, conversion.Changes(work=work))
-    return replace(job, report=tell, record={**job.record, **told, "search": asked.record}, label="reducing")
+    record = {**job.record, **told, "search": asked.record}
+    return replace(job, report=tell, reports=pages.FILES, record=record, label="reducing")
 
 
 def _report(source: Checkpoint, told: dict[str, Any], output: Output) -> dict[str, Any]:
