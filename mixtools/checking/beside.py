@@ -60,13 +60,17 @@ CONVERSATIONS: tuple[list[dict[str, object]], ...] = (
 
 
 class Difference(NamedTuple):
-    """One value that is not the source's. `expected`: the transformation means it."""
+    """One value that is not the source's.
+
+    `expected`: the transformation means it; `lost`: since the output's layout has no place for what was there.
+    """
 
     file: str
     key: str
     source: object
     output: object
     expected: bool = False
+    lost: bool = False
 
     def document(self) -> dict[str, Any]:
         return {**self._asdict(), "source": _short(self.source), "output": _short(self.output)}
@@ -105,13 +109,14 @@ def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
         if _same(key, a, b):
             continue
         lost = losing and key not in typed_keys(source)
-        found.append(Difference(CONFIG, key, a, None if lost else b, lost or _is_meant(key, a, b, source, output)))
+        meant = lost or _is_meant(key, a, b, source, output)
+        found.append(Difference(CONFIG, key, a, None if lost else b, meant, lost))
     if _is_hf(output) or losing:
         before, after = _generation(source, ours), _generation(output, theirs)
         for key in dict.fromkeys([*before, *after]):
             a, b = before.get(key), after.get(key)
             if not _same(key, a, b):
-                found.append(Difference(GENERATION, key, a, None if losing else b, losing))
+                found.append(Difference(GENERATION, key, a, None if losing else b, losing, losing))
     return found
 
 
@@ -176,7 +181,8 @@ def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
         return []
     losing = _is_hf(source) and not _is_hf(output)
     if not has_tokenizer(theirs):
-        return [Difference("tokenizer", "", "there", _ABSENT, losing and model_file(ours) is None)]
+        lost = losing and model_file(ours) is None
+        return [Difference("tokenizer", "", "there", _ABSENT, lost, lost)]
     found = list(_files(ours, theirs, losing, made=not _is_hf(source)))
     if found or not _all_equal(ours, theirs):
         found += _behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), losing)
@@ -199,7 +205,7 @@ def _files(ours: Path, theirs: Path, losing: bool, made: bool) -> Iterator[Diffe
     here, there = _names(ours), _names(theirs)
     for name in dict.fromkeys([*here, *there]):
         if name not in there:
-            yield Difference(name, "", "there", _ABSENT, losing)
+            yield Difference(name, "", "there", _ABSENT, losing, losing)
         elif name not in here:
             yield Difference(name, "", _ABSENT, "there", made or name == JSON_FILE)
         elif (ours / name).read_bytes() != (theirs / name).read_bytes():
@@ -292,15 +298,15 @@ def _behaviour(ours: Tokenizer, theirs: Tokenizer, losing: bool) -> Iterator[Dif
     )
     yield from (Difference(name, *one) for one in _counted(pieces))
     if len(ours.meanings) != len(theirs.meanings):
-        yield Difference(name, "number of tokens", len(ours.meanings), len(theirs.meanings), losing)
+        yield Difference(name, "number of tokens", len(ours.meanings), len(theirs.meanings), losing, losing)
     for text in dict.fromkeys([*ours.special, *theirs.special]):
         a, b = ours.special.get(text), theirs.special.get(text)
         if a != b:
-            yield Difference(name, f"special token {text}", a, b, losing and b is None)
+            yield Difference(name, f"special token {text}", a, b, losing and b is None, losing and b is None)
     if (around := ours.encode("")) != theirs.encode(""):
         yield Difference(name, "what goes round a text", around, theirs.encode(""))
     yield from islice((Difference(name, *one) for one in _ids(ours, theirs, losing)), 1)
-    yield from islice((Difference(name, *one, losing) for one in _chats(ours, theirs)), 1)
+    yield from islice((Difference(name, *one, losing, losing) for one in _chats(ours, theirs)), 1)
 
 
 def _at(meanings: Any, index: int) -> object:

@@ -28,7 +28,7 @@ TITLES: dict[Verdict, str] = {"passed": "Passed", "intact": "Intact, not judged"
 _ON_A_TERMINAL: dict[Verdict, str] = {"passed": "passed", "intact": "intact, not judged", "failed": "FAILED"}
 _NOT_MEASURED = "change of perplexity not measured: give a text with --text FILE"
 _WIDTH, _HEIGHT, _FOOT = 620, 140, 22  # of a histogram, in its own units
-_MEANT_SHOWN = 4  # on a terminal; the document has all
+_SHOWN_BESIDE = 4  # on a terminal; the document has all
 _MARGIN_CLEAR = 1.0  # nats: above, the source preferred its token by more than e to 1
 
 
@@ -89,9 +89,10 @@ def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
     for gate in document["gates"]:
         held = "passed" if gate["passed"] else "FAILED"
         yield f"gate {gate['name']}: {_found(gate['value'])}, limit {gate['limit']:g}: {held}"
-    if meant := list(_meant(document)):
-        more = f" and {len(meant) - _MEANT_SHOWN} more" if len(meant) > _MEANT_SHOWN else ""
-        yield f"changed, as meant: {'; '.join(meant[:_MEANT_SHOWN])}{more}"
+    for title, lost in (("changed, as meant", False), ("lost, since the output's layout has no place for it", True)):
+        if told := list(_beside(document, lost)):
+            more = f" and {len(told) - _SHOWN_BESIDE} more" if len(told) > _SHOWN_BESIDE else ""
+            yield f"{title}: {'; '.join(told[:_SHOWN_BESIDE])}{more}"
     for remark in document["remarks"]:
         yield f"note: {remark}"
     if folder is not None:
@@ -99,13 +100,13 @@ def lines(document: dict[str, Any], folder: Path | None) -> Iterator[str]:
     yield f"checked: {_ON_A_TERMINAL[document['verdict']]}. {headline(document)}"
 
 
-def _meant(document: dict[str, Any]) -> Iterator[str]:
-    """Differences beside the weights that the transformation means; a file that is made for who has none is no news."""
+def _beside(document: dict[str, Any], lost: bool) -> Iterator[str]:
+    """Differences that are no faults; a file that is made for who has none is no news."""
     for part in ("configuration", "tokenizer"):
         for one in document[part]["differences"]:
-            if one["expected"] and one["output"] != "there":
-                before, after = ("none" if value is None else value for value in (one["source"], one["output"]))
-                yield " ".join(filter(None, (one["file"], one["key"], f"{before} -> {after}")))
+            if one["expected"] and one["output"] != "there" and lost == one["lost"]:
+                change = f"{one['source']}" if lost else f"{one['source']} -> {one['output']}"
+                yield " ".join(filter(None, (one["file"], one["key"], "" if change == "there" else change)))
 
 
 def headline(document: dict[str, Any]) -> str:

@@ -82,10 +82,10 @@ def test_what_a_torrent_cannot_hold_is_meant_and_told(source: Path, tmp_path: Pa
     found = check(go(to_torrent, source, tmp_path / "out"), source, "passed")
     keys = {(one["file"], one["key"]): one for one in found["configuration"]["differences"]}
     assert keys["config.json", "eos_token_id"] == {
-        "file": "config.json", "key": "eos_token_id", "source": 2048, "output": None, "expected": True,
+        "file": "config.json", "key": "eos_token_id", "source": 2048, "output": None, "expected": True, "lost": True,
     }  # fmt: skip
     assert ("generation_config.json", "eos_token_id") in keys
-    told = {one["key"] for one in found["tokenizer"]["differences"]}
+    told = {one["key"] for one in found["tokenizer"]["differences"] if one["lost"]}
     assert {"number of tokens", "special token <|im_end|>", "ids of conversation 1"} <= told
 
 
@@ -356,3 +356,19 @@ def test_every_conversation_is_one_that_some_template_takes() -> None:
     for messages in beside.CONVERSATIONS:
         taken += beside._conversed(nano, messages) != "refused"
     assert taken == len(beside.CONVERSATIONS)
+
+
+def test_what_is_lost_is_told_as_lost(source: Path, tmp_path: Path) -> None:
+    out = go(to_torrent, source, tmp_path / "out")
+    checked = mixtools.check(out, source, report=tmp_path / "report")
+    (line,) = (
+        line for line in checked.lines() if line.startswith("lost, since the output's layout has no place for it")
+    )
+    assert "config.json eos_token_id 2048; generation_config.json eos_token_id 2048" in line
+    assert not any(line.startswith("changed, as meant") for line in checked.lines())
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("no place for it") == len(checked.document["configuration"]["differences"]) + len(
+        checked.document["tokenizer"]["differences"]
+    )
+    cast = go(lambda s: to_hf(s, dtype="f32"), source, tmp_path / "cast")
+    assert "changed, as meant: config.json dtype bfloat16 -> float32" in mixtools.check(cast, source).lines()
