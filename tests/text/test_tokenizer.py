@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mixtools.config import MixtralConfig
 from mixtools.errors import TokenizerError
+from mixtools.text.chat import MARKER
 from mixtools.text.tokenizer import Tokenizer, hf_files
 
 NANO = Path(__file__).parents[1] / "data" / "nano-mixtral"
@@ -79,7 +80,7 @@ def test_every_id_alone_and_after_another_decodes_as_sentencepiece_does(tokenize
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(text=st.text(max_size=60))
+@given(text=st.text(max_size=60).filter(lambda text: MARKER not in text))  # tokenizer.json drops it (chat.py)
 def test_text_comes_back(tokenizer: Tokenizer, reference: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids[1:] == reference.encode(text)
