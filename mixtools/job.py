@@ -111,6 +111,7 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     how = how or Run()
     if job.inputs.folder.resolve() == folder.resolve():
         raise UsageError("the output is the source's own folder; name another", file=folder)
+    _expect_apart(job, folder)
     key = {"mixtools": __version__, **job.record, "source": [file.fingerprint() for file in job.inputs.files]}
     names = [*job.documents, *job.last, *job.reports, *ENCLOSED.get(), manifest.NAME]
     with Output(
@@ -136,6 +137,17 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
         )  # fmt: skip
     done = {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed}
     return {**done, "missing": list(job.missing), "not_kept": list(job.not_kept)}
+
+
+def _expect_apart(job: Job, folder: Path) -> None:
+    """A source of links may have its files in the folder that is replaced. Raises UsageError."""
+    if not folder.is_dir():
+        return
+    copied = [path for path in job.documents.values() if isinstance(path, Path)]
+    for path in (*copied, *(path for file in job.inputs.files for path in file.paths)):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"is a file of the source, which links to it; name another output than {folder}",
+                             file=path.resolve())  # fmt: skip
 
 
 def told(done: Mapping[str, Any], *, rate: bool = False) -> Iterator[str]:

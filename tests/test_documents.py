@@ -312,3 +312,18 @@ def test_what_may_not_be_read_is_told_at_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(errors.InputError, match="permission denied") as caught:
         to_hf(open_checkpoint(source))
     assert caught.value.file == str(source / "README.md")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md"])
+def test_a_source_whose_files_lie_in_the_output(tmp_path: Path, name: str) -> None:
+    """By links: to replace the output would delete what is read."""
+    first = finetunes.base(tmp_path / "first")
+    (first / "README.md").write_text("x")
+    out = go(to_hf, first, tmp_path / "out")
+    (first / name).unlink()
+    (first / name).symlink_to(out / name)
+    before = files(out)
+    with pytest.raises(errors.UsageError, match="is a file of the source, which links to it") as caught:
+        go(to_hf, first, out, overwrite=True)
+    assert caught.value.file == str(out / name)
+    assert files(out) == before

@@ -7,8 +7,6 @@ run goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DiskError, InputError, OutputError, OutputExists, OutputLocked
+from ..errors import DiskError, InputError, OutputError, OutputExists
 from ..progress import Progress, Silent
-from . import manifest, replacing
+from . import disk, journal, manifest, replacing
 from .crc import Ledger
 from .digest import Digest, of_file
+from .disk import DiskErrors
 from .plan import FilePlan, Plan
 from .replacing import WORK, Stamp
 from .source import Source
@@ -67,14 +66,14 @@ class Output:
         self._sealed: dict[str, str] = {}  # SHA-256 of whole files
         self._hasher = ThreadPoolExecutor(1, "mixtools-digest")
         self._digests: dict[str, Digest] = {}
-        with _DiskErrors(folder):
+        with DiskErrors(folder):
             expect_free(folder, overwrite)
             self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.work / LOCK, folder)
+        self._lock = disk.lock(self.work / LOCK, folder)
         self._files: dict[str, int] = {}
         self._parts: dict[str, WriteBehind] = {}
         try:
-            with _DiskErrors(folder):
+            with DiskErrors(folder):
                 expect_free(folder, overwrite)  # again: until the lock it may have been another's
                 if overwrite and not _is_committing(self.work) and not is_empty(folder):
                     written = [*(file.name for file in plan.files), *plan.index, *names]
@@ -116,18 +115,18 @@ class Output:
             for low in range(0, len(view), CHUNK):
                 chunk = view[low : low + CHUNK]
                 crc = zlib.crc32(chunk, crc)
-                with _DiskErrors(self.folder):
+                with DiskErrors(self.folder):
                     part.write(chunk, at)
                 at += len(chunk)
         line = {"tensor": region.name, "start": region.start, "bytes": at - start, "crc32": f"{crc:08x}"}
-        with self._mutex, _DiskErrors(self.folder):
+        with self._mutex, DiskErrors(self.folder):
             self.done[region] = (at - start, crc)
             self._append(line)
         return at - start
 
     def note(self, name: str, found: Any) -> None:
         """Keep something (ready for JSON) for the end of the work, through kills; before the region it tells of."""
-        with self._mutex, _DiskErrors(self.folder):
+        with self._mutex, DiskErrors(self.folder):
             self.notes[name] = found
             self._append({"note": name, "found": found})
 
@@ -151,7 +150,7 @@ class Output:
         `record` gives the manifest, behind the documents, from what was written. Raises OutputError if a tensor was not
         written, DiskError if the disk is full, InputError for a document that cannot be copied.
         """
-        with _DiskErrors(self.folder):
+        with DiskErrors(self.folder):
             files = self._seal()
             after = {**last, **self.plan.index}
             written = {name: self._place(name, document) for name, document in {**documents, **after}.items()}
@@ -159,11 +158,11 @@ class Output:
             if record is not None:
                 self._place(manifest.NAME, record({**files, **written}))
                 small.append(manifest.NAME)
-            _sync_folder(self.work)
+            disk.sync_folder(self.work)
             names = [*files, *small, *after]
             folders = sorted({parent for name in names for parent in Path(name).parents if parent.name})
             for folder in folders:
-                _sync_folder(self.work / folder)
+                disk.sync_folder(self.work / folder)
             if self.overwrite and not self._committing:
                 replacing.expect_nothing_lost(self.folder, self._old, names)
                 replacing.expect_unchanged(self.folder, self._old)
@@ -176,19 +175,19 @@ class Output:
                     (self.folder / name).parent.mkdir(exist_ok=True, parents=True)
                     (self.work / name).rename(self.folder / name)
             for folder in folders:
-                _sync_folder(self.folder / folder)
-            _sync_folder(self.folder)
+                disk.sync_folder(self.folder / folder)
+            disk.sync_folder(self.folder)
             _empty(self.work, but=(JOURNAL,))
             shutil.rmtree(self.work)  # the journal last: a run killed before that goes on, one killed after is done
-            _sync_folder(self.folder)
-            _sync_folder(self.folder.parent)
+            disk.sync_folder(self.folder)
+            disk.sync_folder(self.folder.parent)
 
     def _place(self, name: str, document: Document) -> manifest.File:
         """Write a document into the work folder, for good."""
         target = self.work / name
         target.parent.mkdir(exist_ok=True, parents=True)
         if isinstance(document, bytes):
-            _write_durably(target, document)
+            disk.write_durably(target, document)
             return manifest.File(len(document), hashlib.sha256(document).hexdigest())
         try:
             data = document.read_bytes()
@@ -222,15 +221,15 @@ class Output:
 
     def _begin(self, key: dict[str, Any], overwrite: bool, resume: bool) -> None:
         path = self.work / JOURNAL
-        lines = _read_journal(path) if resume else []
+        lines = journal.read(path) if resume else []
         if lines and lines[0] != {"key": key}:
             if not overwrite:
-                why = f"holds an interrupted run that differs in {_difference(lines[0].get('key'), key)}"
+                why = f"holds an interrupted run that differs in {journal.difference(lines[0].get('key'), key)}"
                 raise OutputExists(f"{why}; --overwrite drops it and starts anew", file=self.folder)
             lines = []
         if not lines:
             _empty(self.work)
-        commit = _commit_line(lines)
+        commit = journal.commit_line(lines)
         self._committing = bool(commit)
         self.overwrite |= bool(commit.get("overwrite"))  # a commit that began to replace goes on replacing
         self._old |= dict.fromkeys(commit.get("old", ()), _GONE)
@@ -246,7 +245,7 @@ class Output:
             self._parts[file.name] = WriteBehind(handle, digest)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._files[JOURNAL] = self._journal
-        os.ftruncate(self._journal, sum(len(_line(line)) for line in lines))  # what a kill cut off
+        os.ftruncate(self._journal, sum(len(journal.encode(line)) for line in lines))  # what a kill cut off
         if not lines:
             self._append({"key": key})
         self._take_over(lines[1:])
@@ -269,33 +268,15 @@ class Output:
                 continue
             source = sources.get(tensor.file)
             start = tensor.offset + region.start
-            if source is None or _crc(source, start, size) == crc:
+            if source is None or disk.crc(source, start, size) == crc:
                 self.done[region] = (size, crc)
                 if tensor.file in self._digests:
                     self._digests[tensor.file].wrote(start, start + size)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        data = _line(line)
+        data = journal.encode(line)
         while data:
             data = data[os.write(self._journal, data) :]
-
-
-class _DiskErrors:
-    """ENOSPC and its kin as DiskError; any other OSError as OutputError."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskError(
-                    "the disk is full; free some space and run the same command again to continue", file=self.folder
-                ) from None
-            raise OutputError(f"cannot be written ({error.strerror})", file=error.filename or self.folder) from None
 
 
 def expect_free(folder: Path, overwrite: bool) -> None:
@@ -323,23 +304,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def _is_committing(work: Path) -> bool:
-    return bool(_commit_line(_read_journal(work / JOURNAL)))
-
-
-def _commit_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return next((line for line in reversed([*lines]) if "committing" in line), {})
-
-
-def _lock(path: Path, folder: Path) -> int:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise OutputLocked("is being written by another mixtools process", file=folder) from None
-    except OSError as error:
-        raise OutputError(f"cannot be locked ({error.strerror})", file=folder) from None
-    return file
+    return bool(journal.commit_line(journal.read(work / JOURNAL)))
 
 
 def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path) -> None:
@@ -352,28 +317,6 @@ def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path) -> None:
         raise DiskError(f"needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=folder)
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Its lines, as far as they are as they were written; a last one cut by a kill is left out."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    lines: list[dict[str, Any]] = []
-    for text in raw.splitlines(keepends=True):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict) or _line(line) != text:
-            break
-        lines.append(line)
-    return lines
-
-
-def _line(line: Mapping[str, Any]) -> bytes:
-    return (json.dumps(line) + "\n").encode()
-
-
 def _done(line: Mapping[str, Any]) -> tuple[Region, int, int] | None:
     """Region, size and checksum that a line of the journal tells; None for any other line."""
     try:
@@ -382,12 +325,6 @@ def _done(line: Mapping[str, Any]) -> tuple[Region, int, int] | None:
         return None
     good = isinstance(name, str) and type(start) is int and type(size) is int and start >= 0 and size > 0
     return (Region(name, start), size, crc) if good else None
-
-
-def _difference(old: object, new: Mapping[str, Any]) -> str:
-    if not isinstance(old, dict):
-        return "everything"
-    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name)))
 
 
 def _digest(plan: Plan) -> str:
@@ -417,28 +354,3 @@ def _open_part(path: Path, file: FilePlan) -> int:
     os.ftruncate(handle, file.size)
     write_all(handle, memoryview(file.head), 0)
     return handle
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _crc(source: Source, offset: int, size: int) -> int:
-    buffer = memoryview(bytearray(min(size, CHUNK)))
-    crc = 0
-    for at in range(0, size, CHUNK):
-        chunk = buffer[: min(CHUNK, size - at)]
-        source.read_into(offset + at, chunk)
-        crc = zlib.crc32(chunk, crc)
-    return crc
