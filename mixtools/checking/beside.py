@@ -24,7 +24,7 @@ from .. import formats
 from ..config import load_json
 from ..errors import ConfigError, MixtoolsError, TokenizerError
 from ..layouts.checkpoint import Checkpoint
-from ..text.declared import TEMPLATES, has_tokenizer, model_file
+from ..text.declared import TEMPLATES, Added, Declared, has_tokenizer, model_file
 from ..text.pieces import JSON_FILE, read_model, read_pieces
 from ..text.tokenizer import Tokenizer
 
@@ -185,7 +185,8 @@ def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
         return [Difference("tokenizer", "", "there", _ABSENT, lost, lost)]
     found = list(_files(ours, theirs, losing, made=not _is_hf(source)))
     if found or not _all_equal(ours, theirs):
-        found += _behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), losing)
+        added = Declared.of(ours).added if losing else {}
+        found += _behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), losing, added)
     return found
 
 
@@ -287,14 +288,18 @@ def _counted(found: Iterator[tuple[str, object, object]]) -> Iterator[tuple[str,
         yield "(further entries)", f"{more} more", f"{more} more that differ"
 
 
-def _behaviour(ours: Tokenizer, theirs: Tokenizer, losing: bool) -> Iterator[Difference]:
-    """What the two do, whatever files say it. `losing`: added tokens and the template have no place in the output."""
+def _behaviour(ours: Tokenizer, theirs: Tokenizer, losing: bool, added: Mapping[int, Added]) -> Iterator[Difference]:
+    """What the two do, whatever files say it.
+
+    `losing`: added tokens and the template have no place in the output; `added`: those by id, of which a fine-tune may
+    have some in the place of pieces, such as an </s> that is no longer special.
+    """
     name = theirs.file.name
     count = min(len(ours.meanings), len(theirs.meanings)) if losing else max(len(ours.meanings), len(theirs.meanings))
     pieces = (
         (f"id {at}", _at(ours.meanings, at), _at(theirs.meanings, at))
         for at in range(count)
-        if _at(ours.meanings, at) != _at(theirs.meanings, at)
+        if at not in added and _at(ours.meanings, at) != _at(theirs.meanings, at)
     )
     yield from (Difference(name, *one) for one in _counted(pieces))
     if len(ours.meanings) != len(theirs.meanings):
@@ -305,7 +310,8 @@ def _behaviour(ours: Tokenizer, theirs: Tokenizer, losing: bool) -> Iterator[Dif
             yield Difference(name, f"special token {text}", a, b, losing and b is None, losing and b is None)
     if (around := ours.encode("")) != theirs.encode(""):
         yield Difference(name, "what goes round a text", around, theirs.encode(""))
-    yield from islice((Difference(name, *one) for one in _ids(ours, theirs, losing)), 1)
+    skipped = [token.content for token in added.values()]
+    yield from islice((Difference(name, *one) for one in _ids(ours, theirs, losing, skipped)), 1)
     yield from islice((Difference(name, *one, losing, losing) for one in _chats(ours, theirs)), 1)
 
 
@@ -317,12 +323,12 @@ def _at(meanings: Any, index: int) -> object:
     return list(meaning) if isinstance(meaning, bytes | bytearray) else meaning
 
 
-def _ids(ours: Tokenizer, theirs: Tokenizer, losing: bool) -> Iterator[tuple[str, object, object]]:
-    """Of every piece's text, alone and before the one before it."""
+def _ids(ours: Tokenizer, theirs: Tokenizer, losing: bool, skipped: list[str]) -> Iterator[tuple[str, object, object]]:
+    """Of every piece's text, alone and before the one before it; none that holds a text of `skipped`."""
     spelled = [ours.decode([at]) for at in range(len(theirs.meanings) if losing else len(ours.meanings))]
     for text in (*spelled, *(second + first for first, second in pairwise(spelled))):
         a, b = ours.encode(text, bos=False), theirs.encode(text, bos=False)
-        if a != b:
+        if a != b and not any(word in text for word in skipped):
             yield f"ids of {text!r}", a, b
 
 

@@ -372,3 +372,21 @@ def test_what_is_lost_is_told_as_lost(source: Path, tmp_path: Path) -> None:
     )
     cast = go(lambda s: to_hf(s, dtype="f32"), source, tmp_path / "cast")
     assert "changed, as meant: config.json dtype bfloat16 -> float32" in mixtools.check(cast, source).lines()
+
+
+def test_an_added_token_in_the_place_of_a_piece(tmp_path: Path) -> None:
+    """Fine-tunes list <unk>, <s> and </s> among the added tokens; with another end, </s> is special no longer."""
+    source = finetunes.chatml(tmp_path / "source", tokenizer="model")
+    (source / "added_tokens.json").write_text(json.dumps({"<unk>": 0, "<s>": 1, "</s>": 2, **finetunes.ADDED}))
+    edit(source / "tokenizer_config.json", added_tokens_decoder=None)
+    assert check(go(to_hf, source, tmp_path / "out"), source, "passed")["tokenizer"]["differences"] == []
+    found = check(go(to_torrent, source, tmp_path / "torrent"), source, "passed")
+    assert {"special token </s>", "ids of conversation 1"} & {one["key"] for one in found["tokenizer"]["differences"]}
+    pieces = (tmp_path / "torrent" / "tokenizer.model").read_bytes()
+    piece = read_pieces(pieces, "").all[600].text.encode()
+    assert pieces.count(b"\x0a" + bytes([len(piece)]) + piece + b"\x15") == 1
+    changed = pieces.replace(
+        b"\x0a" + bytes([len(piece)]) + piece, b"\x0a" + bytes([len(piece)]) + piece[:-1] + b"\x7f"
+    )
+    (tmp_path / "torrent" / "tokenizer.model").write_bytes(changed)
+    fails(tmp_path / "torrent", source, "tokenizer", "tokenizer.model", "id 600")
