@@ -145,7 +145,7 @@ def _expect_apart(job: Job, folder: Path) -> None:
         return
     copied = [path for path in job.documents.values() if isinstance(path, Path)]
     for path in (*copied, *(path for file in job.inputs.files for path in file.paths)):
-        if path.resolve().is_relative_to(folder.resolve()):
+        if path.resolve().parent == folder.resolve():
             raise UsageError(f"is a file of the source, which links to it; name another output than {folder}",
                              file=path.resolve())  # fmt: skip
 
