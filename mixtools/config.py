@@ -206,6 +206,14 @@ def load_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> Any:
         raise ConfigError(f"cannot be read ({error.strerror})", file=path) from None
 
 
+def load_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object, as `load_json` reads it; an empty one where there is no such file. Raises ConfigError."""
+    document = load_json(path, limit) if path.exists() else {}
+    if not isinstance(document, dict):
+        raise ConfigError("is not a JSON object", file=path)
+    return document
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

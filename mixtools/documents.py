@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from . import formats
-from .config import load_json
-from .errors import ConfigError, InputError, TokenizerError
+from .config import load_object
+from .errors import InputError, TokenizerError
 from .layouts.checkpoint import Checkpoint
 from .storage.output import Document
 from .text.declared import TEMPLATES, Declared, model_file
@@ -28,7 +28,7 @@ from .text.pieces import JSON_FILE, read_model, read_pieces, sentencepiece_encod
 from .text.pieces import MODEL_FILE as TOKENIZER
 
 MAX_DOCUMENT = 64 << 20  # bytes of a file that is carried over; the largest tokenizer.json has 17 MB
-_MAX_JSON = 16 << 20
+_MAX_CARD = 16 << 20  # bytes of a README.md that is searched for images
 
 _WEIGHTS = re.compile(  # and what training leaves behind
     r".*\.(safetensors|bin|pth|pt|gguf|ggml|ggmf|h5|msgpack|onnx|ot|ckpt|pkl|pickle|incomplete|part|lock)"
@@ -80,8 +80,9 @@ def for_hf(
     if not is_hf(source):
         files |= {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
     elif (path := source.folder / "tokenizer_config.json").is_file():
-        changed = tokenizer_config(load_json(path, _MAX_JSON), path)
-        files |= {} if changed is None else {path.name: _json(changed)}
+        told = load_object(path, MAX_DOCUMENT)
+        if (changed := for_version_4(told)) != told:
+            files[path.name] = _json(changed)
     model = model_file(source.folder)
     if not files.keys() & {"tokenizer.json", "tokenizer_config.json"} and model is not None:
         from .text.tokenizer_files import hf_files
@@ -122,10 +123,8 @@ def hf_config(source: Checkpoint, dtype: str | None, torch_dtype: str) -> dict[s
     return config
 
 
-def tokenizer_config(document: Any, path: Path) -> dict[str, Any] | None:
-    """A tokenizer_config.json that transformers 5 wrote, so that 4 reads it too; None where there is nothing to do."""
-    if not isinstance(document, dict):
-        raise ConfigError("is not a JSON object", file=path)
+def for_version_4(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json, in the spelling of transformers 4 where 5 wrote it; 5 reads both."""
     changed = dict(document)
     if document.get("tokenizer_class") == _V5_TOKENIZER_CLASS:
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -133,7 +132,7 @@ def tokenizer_config(document: Any, path: Path) -> dict[str, Any] | None:
         del changed["extra_special_tokens"]
         if tokens:
             changed.setdefault("additional_special_tokens", tokens)
-    return changed if changed != document else None
+    return changed
 
 
 # --- an output of mistral's layout ---
@@ -146,11 +145,9 @@ def for_torrent(source: Checkpoint) -> Documents:
     if model is not None:  # published only once it is known to be one
         read_pieces(read_model(model), model)
     params = source.config.to_params()
-    if not is_hf(source):
+    if not is_hf(source):  # its own, key for key, and what it leaves to the reader
         told = source.document
-        moe = told.get("moe")
-        params = {**told, **{key: value for key, value in params.items() if key not in told}}
-        params["moe"] = {**source.config.to_params()["moe"], **(moe if isinstance(moe, Mapping) else {})}
+        params = {**told, **params, **told, "moe": {**params["moe"], **(told.get("moe") or {})}}
     missing = () if model else (TOKENIZER,)
     not_kept = tuple(_not_kept(source, model)) if is_hf(source) else ()
     return Documents(files, {"params.json": _json(params)}, missing, not_kept, source.remarks + notes)
@@ -173,16 +170,16 @@ def _added_tokens(folder: Path, declared: Declared, model: Path | None) -> list[
     """Tokens that tokenizer.model has no piece for, by id."""
     found = {index: token.content for index, token in declared.added.items()}
     if (path := folder / JSON_FILE).is_file():
-        found |= {token["id"]: token["content"] for token in _object(path).get("added_tokens") or ()}
+        found |= {token["id"]: token["content"] for token in load_object(path, MAX_DOCUMENT).get("added_tokens") or ()}
     known = {piece.text for piece in read_pieces(read_model(model), model).all} if model else set()
     return [text for _, text in sorted(found.items()) if text not in known]
 
 
-def _own_template(model: Path | None) -> object:
+def _own_template(model: Path | None) -> str | None:
     """The one that such a tokenizer.model means, by itself."""
-    from .text.tokenizer_files import hf_files
+    from .text.tokenizer_files import own_template
 
-    return json.loads(hf_files(model)["tokenizer_config.json"])["chat_template"] if model else None
+    return own_template(read_pieces(read_model(model), model)) if model else None
 
 
 # --- both ---
@@ -191,7 +188,7 @@ def _own_template(model: Path | None) -> object:
 def _expect_tokenizer(folder: Path, model: Path | None) -> None:
     """What is copied as the tokenizer must be one: a link to somebody's secret is not to be published."""
     if (path := folder / JSON_FILE).is_file():
-        if not isinstance(_object(path).get("model"), dict):
+        if not isinstance(load_object(path, MAX_DOCUMENT).get("model"), dict):
             raise TokenizerError("is no tokenizer: it has no model", file=path)
     elif model is not None:
         sentencepiece_encoder(read_model(model), model)
@@ -232,7 +229,7 @@ def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], 
 def _images(folder: Path) -> list[str]:
     """Of the card the images in folders of the checkpoint's."""
     card = folder / "README.md"
-    if not card.is_file() or card.stat().st_size > _MAX_JSON:
+    if not card.is_file() or card.stat().st_size > _MAX_CARD:
         return []
     paths = (Path(unquote(match[0])) for match in _IMAGE.finditer(card.read_text("utf-8", "replace")))
     return sorted(
@@ -242,16 +239,6 @@ def _images(folder: Path) -> list[str]:
             if len(path.parts) > 1 and not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
         }
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file. Raises ConfigError."""
-    if not path.is_file():
-        return {}
-    document = load_json(path, MAX_DOCUMENT)
-    if not isinstance(document, dict):
-        raise ConfigError("is not a JSON object", file=path)
-    return document
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +71,17 @@ def transformers_model(reader: Reader, dtype: torch.dtype = torch.float32) -> tr
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def greedy(reader: Reader, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """What transformers continues each prompt with, one by one, each by a model that has seen no other text."""
+    how = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=2, pad_token_id=0)
+    found = []
+    for prompt in prompts:
+        row = torch.tensor([prompt])
+        new = transformers_model(reader).generate(row, attention_mask=torch.ones_like(row), generation_config=how)
+        found.append(new[0, len(prompt) :].tolist())
+    return found
 
 
 def of_range(found: torch.Tensor, expected: torch.Tensor) -> float:

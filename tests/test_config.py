@@ -211,7 +211,7 @@ def test_missing(key: str) -> None:
 @pytest.mark.parametrize("document", [None, [], "x", 1, [PARAMS]])
 def test_no_object(document: object) -> None:
     with pytest.raises(errors.ConfigError, match="not a JSON object"):
-        from_document(document, "params.json")  # type: ignore[arg-type]
+        from_document(document, "params.json")  # type: ignore[arg-type]  # that is what is refused
 
 
 VALUES = st.recursive(

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import formats
-from ..config import load_json
+from ..config import load_object
+from ..documents import MAX_DOCUMENT, for_version_4, is_hf
 from ..errors import ConfigError, MixtoolsError, TokenizerError
 from ..layouts.checkpoint import Checkpoint
 from ..text.declared import TEMPLATES, Added, Declared, has_tokenizer, model_file
@@ -102,7 +103,7 @@ def _told(value: object) -> str:
 def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     """Raises ConfigError for a generation_config.json that is none."""
     ours, theirs = _canonical(source), _canonical(output)
-    losing = _is_hf(source) and not _is_hf(output)  # to a layout that has no place for most of it
+    losing = is_hf(source) and not is_hf(output)  # to a layout that has no place for most of it
     found = []
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key, _DEFAULTS.get(key)), theirs.get(key, _DEFAULTS.get(key))
@@ -111,7 +112,7 @@ def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
         lost = losing and key not in typed_keys(source)
         meant = lost or _is_meant(key, a, b, source, output)
         found.append(Difference(CONFIG, key, a, None if lost else b, meant, lost))
-    if _is_hf(output) or losing:
+    if is_hf(output) or losing:
         before, after = _generation(source, ours), _generation(output, theirs)
         for key in dict.fromkeys([*before, *after]):
             a, b = before.get(key), after.get(key)
@@ -129,7 +130,7 @@ def _canonical(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json in one spelling; of a torrent the one that is made of its params.json."""
     dtype = checkpoint.main_dtype().torch_name if not checkpoint.problems else None
     made = checkpoint.config.to_hf(dtype or "")
-    document = checkpoint.document if _is_hf(checkpoint) else made
+    document = checkpoint.document if is_hf(checkpoint) else made
     rest = {key: value for key, value in document.items() if key not in (*_SPELLINGS, *_SILENT)}
     scaling = checkpoint.config.rope_scaling
     return {
@@ -162,13 +163,9 @@ def _is_meant(key: str, a: object, b: object, source: Checkpoint, output: Checkp
 def _generation(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json, over what config.json says of it."""
     ends = {key: config.get(key, _DEFAULTS[key]) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    own = _object(checkpoint.folder / GENERATION)
+    own = load_object(checkpoint.folder / GENERATION, MAX_DOCUMENT)
     silent = (*_SILENT, "_from_model_config")
     return {**ends, **{key: value for key, value in own.items() if key not in silent}}
-
-
-def _is_hf(checkpoint: Checkpoint) -> bool:
-    return checkpoint.layout.letter in "DEF"
 
 
 # --- the tokenizer ---
@@ -179,11 +176,11 @@ def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     ours, theirs = source.folder, output.folder
     if not has_tokenizer(ours):
         return []
-    losing = _is_hf(source) and not _is_hf(output)
+    losing = is_hf(source) and not is_hf(output)
     if not has_tokenizer(theirs):
         lost = losing and model_file(ours) is None
         return [Difference("tokenizer", "", "there", _ABSENT, lost, lost)]
-    found = list(_files(ours, theirs, losing, made=not _is_hf(source)))
+    found = list(_files(ours, theirs, losing, made=not is_hf(source)))
     if found or not _all_equal(ours, theirs):
         added = Declared.of(ours).added if losing else {}
         found += _behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), losing, added)
@@ -220,7 +217,7 @@ def _compared(name: str, ours: Path, theirs: Path) -> Iterator[Difference]:
     elif name == TOKENIZER_CONFIG:
         read = _tokenizer_config
     elif name.endswith(".json"):
-        read = _object
+        read = partial(load_object, limit=MAX_DOCUMENT)
     elif name.endswith(".jinja"):
         read = partial(Path.read_text, encoding="utf-8")
     else:
@@ -230,7 +227,7 @@ def _compared(name: str, ours: Path, theirs: Path) -> Iterator[Difference]:
 
 def _tokenizer_json(path: Path) -> object:
     """By id what stands by piece, merges in the old spelling, so that each entry has a name of its own."""
-    document = dict(_object(path))
+    document = dict(load_object(path, MAX_DOCUMENT))
     model = document.get("model")
     if isinstance(model, dict):
         model = dict(model)
@@ -245,15 +242,8 @@ def _tokenizer_json(path: Path) -> object:
 
 
 def _tokenizer_config(path: Path) -> object:
-    """In the spelling of transformers 4, which reads that of 5 no more than 5 minds that of 4."""
-    document = {key: value for key, value in _object(path).items() if key not in _SILENT_OF_TOKENIZERS}
-    if document.get("tokenizer_class") == "TokenizersBackend":
-        document["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(tokens := document.get("extra_special_tokens"), list):
-        del document["extra_special_tokens"]
-        if tokens:
-            document.setdefault("additional_special_tokens", tokens)
-    return document
+    document = for_version_4(load_object(path, MAX_DOCUMENT))
+    return {key: value for key, value in document.items() if key not in _SILENT_OF_TOKENIZERS}
 
 
 def _pieces(path: Path) -> object:
@@ -345,13 +335,3 @@ def _conversed(tokenizer: Tokenizer, messages: list[dict[str, object]]) -> objec
         return tokenizer.encode_chat(messages)
     except TokenizerError:
         return "refused"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, an empty one where there is no such file. Raises ConfigError."""
-    if not path.is_file():
-        return {}
-    document = load_json(path, 64 << 20)
-    if not isinstance(document, dict):
-        raise ConfigError("is not a JSON object", file=path)
-    return document

@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
 
@@ -74,7 +74,7 @@ def drop(file: int, start: int, size: int) -> None:
             os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 
 
-def of_file(path: Path, advance: Any = None) -> str:
+def of_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read to its end; `advance` is told each run of bytes. Raises OSError."""
     found, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:

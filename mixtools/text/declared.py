@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import load_json
+from ..config import load_object
 from ..errors import ConfigError, TokenizerError
 from .pieces import JSON_FILE, MODEL_FILE, read_model
 
@@ -121,12 +121,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    document = load_json(file, _MAX_BYTES)
-    if not isinstance(document, dict):
-        raise ConfigError("is not a JSON object", file=file)
-    return document
+    return load_object(file, _MAX_BYTES)
 
 
 def _content(value: object, key: str, folder: Path) -> str | None:

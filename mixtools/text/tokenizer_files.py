@@ -42,7 +42,7 @@ def hf_files(model: Path) -> dict[str, bytes]:
         if name not in control:
             raise TokenizerError(f"lacks the control token {name}", file=model)
     try:
-        style = chat.style_of(control)
+        own_template(pieces)
     except TokenizerError as error:
         raise TokenizerError(error.message, file=model) from None
     _check_ties(pieces, model)
@@ -58,7 +58,7 @@ def hf_files(model: Path) -> dict[str, bytes]:
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in document["added_tokens"]
         },
-        "chat_template": chat.template(style, [_unknown(pieces), *control]),
+        "chat_template": own_template(pieces),
         "clean_up_tokenization_spaces": False,  # old versions default to True, which eats blanks before punctuation
         "model_input_names": ["input_ids", "attention_mask"],  # a Mixtral takes no token_type_ids
         "padding_side": "left",
@@ -71,6 +71,12 @@ def hf_files(model: Path) -> dict[str, bytes]:
         "special_tokens_map.json": (json.dumps(names, indent=2) + "\n").encode("ascii"),
         MODEL_FILE: data,
     }
+
+
+def own_template(pieces: Pieces) -> str:
+    """The chat template of mistral's own format for these pieces. Raises TokenizerError as chat.style_of does."""
+    control = [piece.text for _, piece in pieces.of_kind(Kind.CONTROL)]
+    return chat.template(chat.style_of(control), [_unknown(pieces), *control])
 
 
 def _unknown(pieces: Pieces) -> str:

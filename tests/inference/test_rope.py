@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from mixtral_oracle import SHAPES, of_range, read_nano, transformers_model
+from mixtral_oracle import SHAPES, greedy, of_range, read_nano, transformers_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mixtools.config import MixtralConfig, from_document
@@ -118,12 +118,7 @@ def test_generation_equals_transformers_one_by_one(name, columns, ids):
     config = scaled(read_nano().config, SCALINGS[name])
     reader = reader_of(config)
     prompts = [ids[0, :length].tolist() for length in (40, POSITIONS, 25, 1)]
-    greedy = transformers.GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=0)
-    expected = []
-    for prompt in prompts:
-        row = torch.tensor([prompt])
-        new = transformers_model(reader).generate(row, attention_mask=torch.ones_like(row), generation_config=greedy)
-        expected.append(new[0, len(prompt) :].tolist())
+    expected = greedy(reader, prompts, 24)
     model = Mixtral.load(reader, dtype=torch.float32)
     assert generate(model, prompts, Options(max_new_tokens=24, stop=(), prefill=columns)) == expected
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from mixtral_oracle import SHAPES, of_range, read_nano, transformers_model
+from mixtral_oracle import SHAPES, greedy, of_range, read_nano, transformers_model
 from streaming import allocated, least_memory, some_ids
 
 from mixtools.inference import attention, host
@@ -98,12 +97,7 @@ def test_generation_equals_transformers_one_by_one(prefill, other, ids):
     more = {"max_position_embeddings": 50, "rope_scaling": RopeScaling("dynamic", 4.0)} if other else {}
     reader = limited(16, **more)
     prompts = [ids[0, :length].tolist() for length in (60, 16, 10, 1)]
-    greedy = transformers.GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=0)
-    expected = []
-    for prompt in prompts:
-        row = torch.tensor([prompt])
-        new = transformers_model(reader).generate(row, attention_mask=torch.ones_like(row), generation_config=greedy)
-        expected.append(new[0, len(prompt) :].tolist())
+    expected = greedy(reader, prompts, 24)
     model = Mixtral.load(reader, dtype=torch.float32)
     assert generate(model, prompts, Options(max_new_tokens=24, stop=(), prefill=prefill)) == expected
     plain = Mixtral.load(limited(None, **more), dtype=torch.float32)

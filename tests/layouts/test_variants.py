@@ -59,9 +59,10 @@ def v5(tensors: make.Tensors) -> make.Tensors:
     names = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
     found = {}
     for name, tensor in mixed(tensors).items():
+        spelled = name
         for old, new in names.items():
-            name = name.replace(old, new)  # noqa: PLW2901
-        found[name] = tensor
+            spelled = spelled.replace(old, new)
+        found[spelled] = tensor
     return found
 
 

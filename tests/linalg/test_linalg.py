@@ -426,7 +426,7 @@ def test_output_errors_are_those_of_the_outputs(shape: tuple[int, int], side: st
     outputs = weight @ inputs
     matrix = inputs @ inputs.T if side == "in" else outputs @ outputs.T
     found = spectrum.decompose(weight)
-    lost = output.output_errors(found, output.Covariance(matrix, side))  # type: ignore[arg-type]
+    lost = output.output_errors(found, output.Covariance(matrix, side))  # type: ignore[arg-type]  # the parameter is a literal of the list above
     assert lost.shape == (min(shape) + 1,)
     total = float(outputs.square().sum())
     for rank in range(min(shape) + 1):
