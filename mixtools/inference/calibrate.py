@@ -63,9 +63,9 @@ class Calibration:
     Asking for an earlier layer begins anew: right, but it reads and runs everything before it once more.
     """
 
-    def __init__(self, stream: Stream, text: Text, slots: Iterable[Slot]) -> None:
-        """Raises InputError if the text does not fit the model's vocabulary."""
-        self.stream, self.text, self.slots = stream, text, tuple(slots)
+    def __init__(self, stream: Stream, text: Text, slots: Iterable[Slot], routed: bool = False) -> None:
+        """`routed`: see Moments."""
+        self.stream, self.text, self.slots, self.routed = stream, text, tuple(slots), routed
         self.tokens: dict[Slot, int] = dict.fromkeys(self.slots, 0)
         self._states: States | None = None
         self._moments: Moments | None = None
@@ -81,12 +81,17 @@ class Calibration:
     def _advance(self, index: int) -> Moments:
         if self._states is None or self._states.layer > index:
             self._states = self.stream.embed(self.text.sequences)
-        states = self.stream.run(self._states, stop=index)
+        self._states = self.stream.run(self._states, stop=index)
+        moments = self._observe(index, self._states, into=self._states)
+        self._states.layer = index + 1
+        return moments
+
+    def _observe(self, index: int, states: States, into: States | None) -> Moments:
+        """The moments of a layer from the states before it, which go on `into` the states after it."""
         plan = self.stream.plan(states.lengths, copies=0, held=states.memory_bytes)
         for layer in self.stream.layers(index, index + 1, double=False):
-            moments = Moments(layer, [slot for slot in self.slots if slot.layer == index])
-            self.stream.through(layer, states, into=states, observer=moments, pass_tokens=plan.pass_tokens)
-        states.layer = index + 1
+            moments = Moments(layer, [slot for slot in self.slots if slot.layer == index], self.routed)
+            self.stream.through(layer, states, into=into, observer=moments, pass_tokens=plan.pass_tokens)
         moments.forget_weights()
         return moments
 
@@ -97,10 +102,13 @@ class Calibration:
 
 
 class Moments:
-    """An observer (model.py) of one layer: Σ x xᵀ of each wanted linear on its shorter side, in fp32."""
+    """An observer (model.py) of one layer: Σ x xᵀ of each wanted linear on its shorter side, in fp32.
 
-    def __init__(self, layer: Layer, slots: Sequence[Slot]) -> None:
-        self.layer = layer.index
+    `routed`: a token counts at an expert by the square of the weight that the router gives it there.
+    """
+
+    def __init__(self, layer: Layer, slots: Sequence[Slot], routed: bool = False) -> None:
+        self.layer, self.routed = layer.index, routed
         self._live: Layer | None = layer
         self.tokens = dict.fromkeys(slots, 0)
         self._owner: dict[Slot, Slot] = {}  # who of those that share an input sums it
@@ -111,6 +119,7 @@ class Moments:
             shared = slot._replace(role=_SEES_THE_SAME.get(slot.role, slot.role)) if side == "in" else slot
             self._owner[slot] = first.setdefault((side, shared), slot)
         self._sums: dict[Slot, Tensor] = {}
+        self._energy: dict[Slot, float] = {}  # Σ |x|² of the inputs, where the sums are the outputs'
 
     def __call__(self, slot: Slot, x: Tensor, tokens: Tensor | None, weights: Tensor | None) -> None:
         if slot not in self.tokens:
@@ -121,7 +130,10 @@ class Moments:
         assert self._live is not None
         weight = self._live.weight(slot)
         rows = x.float()
+        if self.routed and weights is not None:
+            rows = rows * weights.float()[:, None]
         if shorter_side(self._shapes[slot]) == "out":
+            self._energy[slot] = self._energy.get(slot, 0.0) + float(rows.square().sum(dtype=torch.float64))
             rows = torch.cat([F.linear(rows, part.float()) for part in torch.split(weight, _ROWS)], dim=1)
         side = rows.shape[1]
         total = self._sums.setdefault(slot, torch.zeros(side, side, device=x.device))
@@ -135,8 +147,9 @@ class Moments:
         """All zeros where no token came."""
         shape = self._shapes[slot]
         side = shorter_side(shape)
-        empty = torch.zeros(min(shape), min(shape))
-        return Covariance(self._sums.get(self._owner[slot], empty), side)
+        empty, owner = torch.zeros(min(shape), min(shape)), self._owner[slot]
+        power = self._energy.get(owner, 0.0) / shape[1] if side == "out" else None
+        return Covariance(self._sums.get(owner, empty), side, power, self.tokens[slot])
 
 
 def shorter_side(shape: tuple[int, ...]) -> Literal["in", "out"]:

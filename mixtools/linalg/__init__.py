@@ -6,4 +6,5 @@ spectrum.py  singular values, projection, factors
 bulk.py      Marchenko-Pastur, Gavish-Donoho, LaserRMT: thresholds estimated from the bulk
 rules.py     a rank from a rule
 output.py    what each rank costs at the layer's output
+weighted.py  the best approximation in that output's norm
 """

@@ -44,6 +44,11 @@ class Spectrum:
         return float(np.square(self.values).sum())
 
     @property
+    def tail(self) -> FloatArray:
+        """Share of the energy that rank k loses: [min(m, n) + 1] for k = 0, 1, ..., from 1 down to 0."""
+        return shares_lost(np.square(self.values))
+
+    @property
     def numerical_rank(self) -> int:
         return int((self.values > self.floor).sum())
 
@@ -117,7 +122,7 @@ def spectrum(weight: Tensor, *, exact: bool = False) -> Spectrum:
     if exact:
         values = torch.linalg.svdvals(_fp64(weight)).cpu().numpy()
         return Spectrum(_shape(weight), values, _svd_floor(weight), rounding_norm(weight))
-    values = _roots(eigen.eigenvalues(gram(weight)))
+    values = roots(eigen.eigenvalues(gram(weight)))
     return Spectrum(_shape(weight), values, resolution(min(weight.shape)), rounding_norm(weight))
 
 
@@ -126,7 +131,7 @@ def decompose(weight: Tensor, *, exact: bool = False) -> Decomposition:
     check(weight)
     if exact:
         solved = ExactEigen(weight)
-        return Decomposition(weight, solved, _roots(solved.values), _svd_floor(weight))
+        return Decomposition(weight, solved, roots(solved.values), _svd_floor(weight))
     return _from_eigen(weight, eigen.decompose(gram(weight)))
 
 
@@ -181,10 +186,17 @@ def rounding_norm(weight: Tensor) -> float:
 
 
 def _from_eigen(weight: Tensor, solved: eigen.Eigen) -> Decomposition:
-    return Decomposition(weight, solved, _roots(solved.values), resolution(min(weight.shape)))
+    return Decomposition(weight, solved, roots(solved.values), resolution(min(weight.shape)))
 
 
-def _roots(eigenvalues: Tensor) -> FloatArray:
+def shares_lost(energies: FloatArray) -> FloatArray:
+    """Of energies [p], what goes where the first k stay: [p + 1], from 1 down to 0; zeros where there is none."""
+    # from the small end: the last would vanish in a running sum that starts with the large ones
+    lost = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    return lost / lost[0] if lost[0] > 0 else lost
+
+
+def roots(eigenvalues: Tensor) -> FloatArray:
     """Singular values, descending; a rounding error below zero is a zero."""
     values: FloatArray = eigenvalues.flip(0).clamp_min(0).sqrt().numpy()
     return values

@@ -13,6 +13,6 @@ from __future__ import annotations
 from ..verbs import Entry
 
 METHODS = {
-    "laser": Entry("methods.laser.verbs:laser", "methods.laser.verbs:expect_consistent"),
+    "laser": Entry("methods.laser.verbs:laser", "methods.laser.consistent:expect_consistent"),
     "spectrum": Entry("methods.laser.verbs:spectrum"),
 }

@@ -1,95 +1,84 @@
 """LASER: a weight matrix replaced by its best approximation of lower rank.
 
 Sharma, Ash and Misra, "The Truth is in There" (arXiv 2312.13558). Ranks chosen by random matrix theory: LaserRMT.
+Best in the norm of the weights, as they have it, or of the layer's output over a text (linalg/weighted.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ...errors import UsageError
 from ...formats import Factored, Packed, Plain
-from ...linalg.bulk import Bulk, signal_to_noise
+from ...linalg.bulk import Bulk
 from ...linalg.output import Covariance, output_errors
-from ...linalg.rules import MarchenkoPastur, RankRule, parse_rule
+from ...linalg.rules import Activation, MarchenkoPastur, RankRule, ThresholdRule, parse_rule
 from ...linalg.spectrum import Decomposition, FloatArray, Spectrum, decompose, spectrum
+from ...linalg.weighted import DAMPING, Weighted, WeightedSpectrum, decompose_weighted, weighted_spectrum
 from ...storage.dtypes import DType
+from .figures import NORMS, OUTPUT, WEIGHTS, Curves, Report, break_even, figures
 
-__all__ = ["Analysis", "Covariance", "Options", "Report", "Result", "break_even", "encode", "scan"]
+__all__ = [
+    "Analysis", "Covariance", "Curves", "Options", "Report", "Result", "analyse", "break_even", "encode", "look",
+    "scan", "spectrum_in_norm",
+]  # fmt: skip
+
+DEFAULT_RULES = {WEIGHTS: "mp", OUTPUT: "activation=0.01"}
 
 
 @dataclass(frozen=True)
 class Options:
     """rank_rule: which singular values stay, a rule or its spelling on the command line. factored: store A and B with
     W = A·B instead of W, where that is smaller. exact: a full SVD instead of the Gram matrix (see linalg.spectrum).
+    norm: `weights`, or `output`, which takes a covariance, and `damping` of its mean diagonal (see linalg.weighted).
     """
 
     rank_rule: RankRule = field(default_factory=MarchenkoPastur)
     factored: bool = False
     exact: bool = False
+    norm: str = WEIGHTS
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what cannot be."""
+        if self.norm not in NORMS:
+            raise UsageError(f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
+        if not 0.0 < self.damping <= 1.0:
+            raise UsageError(f"damping {self.damping:g} is a share of the mean square of the inputs, above 0 up to 1")
+        if self.norm == OUTPUT and isinstance(self.rank_rule, ThresholdRule):
+            raise UsageError(
+                f"rank rule {self.rank_rule} finds noise in the weights, which the output's norm does not see: take "
+                "activation=0.01, energy=0.99, rho=0.1 or rank=512, or --norm weights"
+            )
+        if self.norm == OUTPUT and self.exact:
+            raise UsageError("the output's norm is made of sums of squares: leave out --exact, which adds nothing")
 
     @classmethod
-    def parse(cls, rank_rule: str, factored: bool = False, exact: bool = False) -> Options:
+    def parse(
+        cls, rank_rule: str, factored: bool = False, exact: bool = False, norm: str = WEIGHTS, damping: float = DAMPING
+    ) -> Options:
         """Raises UsageError for a rule that there is not."""
-        return cls(parse_rule(rank_rule), factored, exact)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was found in one matrix and what was kept of it: a row of laser-report.json.
-
-    `energy` is the share of the squared Frobenius norm that is kept, `layer_error` the share of the output's energy
-    that is lost over the calibration tokens (None without them), `layer_errors` that share for each rank from 0.
-    Thresholds are in units of singular values, `sigma` in those of the weight's entries.
-    """
-
-    shape: tuple[int, int]
-    rank: int
-    of: int
-    energy: float
-    snr_laserrmt: float
-    snr_mp: float
-    sigma: float
-    edge: float
-    gavish_donoho: float
-    laserrmt_threshold: float
-    break_even: int
-    already_low_rank: bool
-    note: str | None
-    layer_error: float | None
-    spectrum: FloatArray
-    layer_errors: FloatArray | None = None
+        return cls(parse_rule(rank_rule), factored, exact, norm, damping)
 
     @property
-    def share(self) -> float:
-        return self.rank / self.of
+    def fixed_rank(self) -> int | None:
+        """Of a rule that needs no look at the matrix."""
+        return getattr(self.rank_rule, "count", None)
 
-    def document(self, *, curves: bool = True) -> dict[str, Any]:
-        """Ready for JSON; infinities become None. Without `curves`, only single figures."""
-        row: dict[str, Any] = {name: getattr(self, name) for name in _FIGURES}
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        row["shape"] = list(self.shape)
-        if curves:
-            row["spectrum"] = self.spectrum.tolist()
-            row["layer_errors"] = None if self.layer_errors is None else self.layer_errors.tolist()
-        return row
-
-
-_FIGURES = (
-    "shape", "rank", "of", "share", "energy", "snr_laserrmt", "snr_mp", "sigma", "edge", "gavish_donoho",
-    "laserrmt_threshold", "layer_error", "break_even", "already_low_rank", "note",
-)  # fmt: skip
+    def require(self, has_covariance: bool) -> None:
+        """Raises UsageError if there is no covariance and these options cannot do without."""
+        if self.norm == OUTPUT and not has_covariance:
+            raise UsageError("the output's norm is that over a calibration text: give it one")
+        self.rank_rule.require(has_covariance)
 
 
 @dataclass(frozen=True)
 class Result:
-    """`stored` is the rebuilt weight [out, in] in its dtype, or its factors, the singular values' roots in either."""
+    """`stored` is the rebuilt weight [out, in] in its dtype, or its factors."""
 
     report: Report
     stored: Packed
@@ -101,36 +90,68 @@ class Result:
 
 
 class Analysis:
-    """One matrix decomposed once, from which any rank can be chosen, reported and encoded."""
+    """One matrix decomposed once, from which any rank can be chosen, reported and encoded.
 
-    def __init__(self, decomposition: Decomposition, covariance: Covariance | None = None) -> None:
-        self.weight = decomposition.weight
-        self.decomposition = decomposition
-        self.covariance = covariance
-        self.bulk = Bulk.of(decomposition)
+    `asked` is the norm that was asked for: where no token gives the output's, the weights' stands in.
+    """
+
+    def __init__(
+        self, best: Decomposition | Weighted, covariance: Covariance | None = None, asked: str = WEIGHTS
+    ) -> None:
+        self.best, self.covariance, self.asked = best, covariance, asked
+        self.weight = best.weight
+        self.own: Spectrum = best.own if isinstance(best, Weighted) else best
+        self.bulk = Bulk.of(self.own)
 
     @property
     def dtype(self) -> DType:
         return DType.of(self.weight.dtype)
 
+    @property
+    def numerical_rank(self) -> int:
+        """Singular values of the weight that are more than rounding."""
+        return int((self.own.values > max(self.own.floor, self.own.rounding)).sum())
+
     @cached_property
     def lost(self) -> FloatArray | None:
-        """Share of the output's energy that each rank from 0 loses; takes all vectors.
+        """Share of the output's energy that each rank from 0 loses, damped where that decides; may take all vectors.
 
         Raises TensorError for a covariance that does not fit.
         """
-        return None if self.covariance is None else output_errors(self.decomposition, self.covariance)
+        if isinstance(self.best, Weighted):
+            return self.best.tail
+        if self.asked == OUTPUT:  # no token came: its own energy stands for the output's
+            return self.best.tail
+        return None if self.covariance is None else output_errors(self.best, self.covariance)
 
     def rank(self, rule: RankRule) -> int:
         """Raises UsageError for a rank above the matrix's, or a rule that lacks its covariance."""
-        return rule.rank(self.decomposition, self.bulk, self.lost if rule.needs_covariance else None)
+        return rule.rank(self.best, self.bulk, self.lost if rule.needs_covariance else None)
+
+    def layer_error(self, rank: int) -> float | None:
+        """Share of the output's energy, undamped, that this rank loses; None without a token."""
+        if isinstance(self.best, Weighted):
+            return self.best.error(rank)
+        return None if self.asked == OUTPUT or self.lost is None else float(self.lost[rank])
 
     def report(self, rank: int) -> Report:
-        return _report(self.decomposition, self.bulk, rank, self.lost)
+        best = self.best
+        if isinstance(best, Weighted):
+            known = figures(best.own, self.bulk, rank, None, weighted=best)
+            energy = 1.0 - best.weight_error(rank)
+        else:
+            known = figures(best, self.bulk, rank, None if self.asked == OUTPUT else self.lost)
+            energy = known.energy
+        return replace(known, energy=energy, layer_error=self.layer_error(rank))
+
+    def project(self, rank: int) -> Tensor:
+        """The weight at this rank, [out, in] in its dtype; at full rank as it was, bit for bit."""
+        return self.best.project(rank)
 
     def dense(self, rank: int) -> Result:
         """At full rank, the weight as it was, bit for bit."""
-        return Result(self.report(rank), Packed(Plain(self.dtype), (self.decomposition.project(rank),)))
+        weight = self.project(rank)
+        return Result(self.report(rank), Packed(Plain(self.dtype), (weight,)))
 
     def factored(self, rank: int) -> Result:
         """Raises UsageError where the factors are not smaller than the matrix. Rank 0 is stored as one zero column."""
@@ -139,7 +160,7 @@ class Analysis:
         if rank == 0:
             A, B = self.weight.new_zeros(rows, 1), self.weight.new_zeros(1, cols)
         else:
-            A, B = self.decomposition.factors(rank)
+            A, B = self.best.factors(rank)
         return Result(self.report(rank), Packed(factored(self.dtype, rank), (A, B)))
 
 
@@ -147,32 +168,80 @@ def encode(weight: Tensor, options: Options, covariance: Covariance | None = Non
     """The best approximation of `weight` [out, in] at the rank that `options.rank_rule` chooses (Eckart-Young, 1936).
 
     Works where the weight lies: CPU, CUDA, or MPS. `covariance` is Σ x xᵀ over the linear's calibration tokens.
-    Raises SpectrumError for NaN or Inf; UsageError for a rank above the matrix's, for `activation` without a
-    covariance, and for factors that would not be smaller.
+    Raises SpectrumError for NaN or Inf; UsageError for a rank above the matrix's, for `activation` or the output's norm
+    without a covariance, and for factors that would not be smaller; TensorError for a covariance that does not fit.
     """
-    options.rank_rule.require(covariance is not None)  # before minutes are spent
-    analysis = Analysis(decompose(weight, exact=options.exact), covariance)
+    options.require(covariance is not None)  # before minutes are spent
+    analysis = analyse(weight, options, covariance)
     rank = analysis.rank(options.rank_rule)
     return analysis.factored(rank) if options.factored else analysis.dense(rank)
 
 
+def analyse(weight: Tensor, options: Options, covariance: Covariance | None = None) -> Analysis:
+    """In the norm of `options`; in that of the weights if no token gives the output's. Raises as `encode`."""
+    if options.norm == OUTPUT and covariance is not None and not covariance.empty:
+        return Analysis(decompose_weighted(weight, covariance, options.damping), covariance, OUTPUT)
+    return Analysis(decompose(weight, exact=options.exact), covariance, options.norm)
+
+
+def spectrum_in_norm(weight: Tensor, options: Options, covariance: Covariance | None = None) -> Spectrum:
+    """Of the norm of `options`, the values alone, without vectors; in that of the weights where no token came."""
+    if options.norm == OUTPUT and covariance is not None and not covariance.empty:
+        return weighted_spectrum(weight, covariance, options.damping)
+    return spectrum(weight, exact=options.exact)
+
+
 def scan(weight: Tensor, options: Options) -> Report:
     """The report alone, from singular values without vectors. Raises as `encode`; always for `activation`."""
-    options.rank_rule.require(has_covariance=False)
-    found = spectrum(weight, exact=options.exact)
-    bulk = Bulk.of(found)
-    return _report(found, bulk, options.rank_rule.rank(found, bulk), None)
+    options.require(has_covariance=False)
+    return report_of(spectrum(weight, exact=options.exact), options)
+
+
+def report_of(found: Spectrum, options: Options, rank: int | None = None) -> Report:
+    """What `spectrum_in_norm` gave, at a rank, or that of the rule.
+
+    Without vectors no output's error is known but the damped curve, and at full rank, where nothing is lost.
+    """
+    weighted = found if isinstance(found, WeightedSpectrum) else None
+    own = weighted.own if weighted else found
+    bulk, lost = Bulk.of(own), found.tail if options.norm == OUTPUT else None
+    rank = options.rank_rule.rank(found, bulk, lost) if rank is None else rank
+    report = figures(own, bulk, rank, None, weighted=weighted)
+    return replace(report, layer_error=0.0) if weighted and rank == report.of else report
+
+
+def look(weight: Tensor, options: Options, covariance: Covariance) -> Report:
+    """Both norms in full: every rank's error of either approximation in either norm, and each rule's choice.
+
+    At the rank of the rule in the norm of `options`. Raises as `encode`.
+    """
+    own = decompose(weight, exact=options.exact)
+    energies = own.tail
+    if covariance.empty:
+        return Analysis(own, covariance, options.norm).report(options.rank_rule.rank(own, Bulk.of(own), energies))
+    lost = output_errors(own, covariance)
+    bulk = Bulk.of(own)
+    del own
+    analysis = analyse(weight, replace(options, norm=OUTPUT, rank_rule=Activation(0.01), exact=False), covariance)
+    assert isinstance(analysis.best, Weighted)
+    errors, weight_errors = analysis.best.errors(), analysis.best.weight_errors()
+    rule = options.rank_rule
+    rank = analysis.rank(rule) if options.norm == OUTPUT else rule.rank(analysis.own, bulk, lost)
+    found = figures(analysis.own, bulk, rank, lost, weighted=analysis.best)
+    curves = Curves(
+        tuple(range(found.of + 1)),
+        {WEIGHTS: {WEIGHTS: energies, OUTPUT: lost}, OUTPUT: {WEIGHTS: weight_errors, OUTPUT: errors}},
+    )
+    chosen = (weight_errors, errors) if options.norm == OUTPUT else (energies, lost)
+    return replace(
+        found, norm=options.norm, energy=1.0 - float(chosen[0][rank]), layer_error=float(chosen[1][rank]),
+        damping=found.damping if options.norm == OUTPUT else None, curves=curves,
+    )  # fmt: skip
 
 
 def factored(dtype: DType, rank: int) -> Factored:
     """The format of factors of this rank: rank 0 is one column of zeros."""
     return Factored(dtype, max(rank, 1))
-
-
-def break_even(shape: tuple[int, int]) -> int:
-    """The largest rank at which factors are no larger than the matrix."""
-    rows, cols = shape
-    return rows * cols // (rows + cols)
 
 
 def check_factors(shape: tuple[int, int], rank: int) -> None:
@@ -184,40 +253,3 @@ def check_factors(shape: tuple[int, int], rank: int) -> None:
             f"{rows * cols:,}: they save only below rank {math.ceil(rows * cols / (rows + cols))}; "
             "choose a lower rank or leave out --factored"
         )
-
-
-def _report(found: Spectrum, bulk: Bulk, rank: int, lost: FloatArray | None) -> Report:
-    values, energy = found.values, found.energy
-    note = _low_rank_note(found)
-    return Report(
-        shape=found.shape,
-        rank=rank,
-        of=len(values),
-        energy=float(np.square(values[:rank]).sum()) / energy if energy > 0 else 1.0,
-        snr_laserrmt=signal_to_noise(values, max(bulk.laserrmt, found.floor)),
-        snr_mp=signal_to_noise(values, max(bulk.edge, found.floor)),
-        sigma=bulk.sigma,
-        edge=bulk.edge,
-        gavish_donoho=bulk.gavish_donoho,
-        laserrmt_threshold=bulk.laserrmt,
-        break_even=break_even(found.shape),
-        already_low_rank=note is not None,
-        note=note,
-        layer_error=None if lost is None else float(lost[rank]),
-        spectrum=values,
-        layer_errors=lost,
-    )
-
-
-def _low_rank_note(found: Spectrum) -> str | None:
-    """Said of a matrix whose bulk is gone: its median is zero, or what rounding to its dtype leaves."""
-    if found.energy == 0:
-        return "the matrix is zero"
-    rounding = max(found.floor, found.rounding)
-    if np.median(found.values) > rounding:
-        return None
-    above = int((found.values > rounding).sum())
-    return (
-        f"already truncated: beyond rank {above} of {len(found.values)} only rounding is left, "
-        "no noise to estimate a level from"
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 
 from ...linalg.bulk import singular_value_density
 from ...linalg.spectrum import FloatArray
+from ...linalg.weighted import STARVED
 from ...names import Slot
 from ...version import __version__
-from .method import Report
+from .figures import OUTPUT, WEIGHTS, Report
 
 NAME = "laser-report"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -32,7 +34,8 @@ _MARKS = (
 )  # fmt: skip
 _COLUMNS = (
     "tensor", "layer", "expert", "target", "rows", "columns", "rank", "of", "share", "energy", "snr_laserrmt", "snr_mp",
-    "sigma", "edge", "gavish_donoho", "laserrmt_threshold", "layer_error", "tokens", "break_even", "delta_nll",
+    "sigma", "edge", "gavish_donoho", "laserrmt_threshold", "norm", "damping", "layer_error", "tokens", "break_even",
+    "delta_nll",
     "delta_nll_stderr", "accepted", "already_low_rank", "note",
 )  # fmt: skip
 Row = dict[str, Any]
@@ -41,9 +44,10 @@ Row = dict[str, Any]
 def row(slot: Slot, tensor: str, report: Report, tokens: int | None = None) -> Row:
     """One matrix, ready for JSON. `tensor`: its name in the output; `tokens`: how many calibrated it."""
     place = {"tensor": tensor, "layer": slot.layer, "expert": slot.expert, "target": slot.role.value}
-    found = {**place, **report.document(curves=False), "tokens": tokens, "histogram": histogram(report.spectrum)}
+    found = {**place, **report.document(spectra=False), "tokens": tokens, "histogram": histogram(report.spectrum)}
     found["smallest_kept"] = float(report.spectrum[report.rank - 1]) if report.rank else None
     found["already_low_rank"] = bool(found["already_low_rank"])
+    found["starved"] = None if tokens is None else tokens < report.of
     return found
 
 
@@ -69,7 +73,7 @@ def document(layout: str, told: Mapping[str, Any], rows: Sequence[Row]) -> dict[
             "parameters_as_factors": factors,
             "kept_whole": sum(row["rank"] == row["of"] for row in rows),
         },
-        "remarks": remarks(rows),
+        "remarks": remarks(rows, told["laser"]["norm"], told["laser"].get("damping")),
         "matrices": list(rows),
     }
 
@@ -80,19 +84,26 @@ def _kept_numbers(row: Row) -> int:
     return int(min(rows * columns, row["rank"] * (rows + columns)))
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a user should know before trusting the output."""
+def remarks(rows: Sequence[Row], norm: str = WEIGHTS, damping: float | None = None) -> list[str]:
+    """What a user should know before trusting the output. `norm`, `damping`: those that were asked for."""
     found = []
     if truncated := [row for row in rows if row["already_low_rank"]]:
         found.append(f"{_matrices(truncated)} had no noise left to cut: {truncated[0]['note']}")
     if empty := [row for row in rows if row["rank"] == 0 and not row["already_low_rank"]]:
         found.append(f"{_matrices(empty)} kept nothing: by this rule all of it is noise, and its output becomes zero")
-    if starved := [row for row in rows if row["tokens"] is not None and row["tokens"] < row["of"]]:
+    if starved := [row for row in rows if row["starved"]]:
         fewest = min(starved, key=lambda row: int(row["tokens"]))
+        weighted = any(row["norm"] == OUTPUT for row in starved)
         found.append(
             f"{_matrices(starved)} saw fewer calibration tokens than there are directions (fewest {fewest['tokens']}, "
-            f"{fewest['tensor']}): take a longer text, or more --samples"
+            f"{fewest['tensor']}){f': damped {STARVED:g} times as much' if weighted else ''}: take a longer text, or "
+            "more --samples"
         )
+    if norm == OUTPUT and (unseen := [row for row in rows if row["norm"] != OUTPUT]):
+        found.append(f"no calibration token came to {_matrices(unseen)}: reduced in the norm of the weights")
+    most = (damping or 0.0) * STARVED * 1.001
+    if raised := [row for row in rows if (row["damping"] or 0.0) > most]:
+        found.append(f"the sums over the inputs of {_matrices(raised)} needed more damping, {raised[0]['damping']:g}")
     return found
 
 
@@ -140,6 +151,9 @@ def html(report: Mapping[str, Any]) -> str:
         search=report.get("search"),
         maps=[heat_map(rows, target) for target in dict.fromkeys(row["target"] for row in rows)],
         spectra=[draw(row) for row in chosen(rows)],
+        curves=[draw_curves(row) for row in chosen(rows)],
+        choices=rank_choices(rows),
+        weighted=options["norm"] == OUTPUT,
     )
 
 
@@ -206,6 +220,38 @@ def draw(row: Row) -> dict[str, Any]:
         "row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "bars": bars, "marks": marks, "high": high,
         "law": " ".join(points) if law.any() else "", "beyond": bins["largest"] > high * (1 + 1e-9),
     }  # fmt: skip
+
+
+_LINES = (("weights", "weights"), ("weights", "output"), ("output", "output"))  # best in, measured in
+_DECADES = 5  # of error that are drawn
+
+
+def draw_curves(row: Row) -> dict[str, Any]:
+    """What each rank loses, on a log scale: of the weights' energy and of the output's, best in either norm."""
+    curves, floor = row["curves"], _HEIGHT - _FOOT
+    ranks = curves["ranks"]
+
+    def place(rank: int, share: float) -> str:
+        down = min(_DECADES, -math.log10(max(share, 10.0**-_DECADES)))
+        return f"{_WIDTH * rank / row['of']:.1f},{floor * down / _DECADES:.1f}"
+
+    lines = [
+        {"best": best, "measured": measured,
+         "points": " ".join(place(*pair) for pair in zip(ranks, curves[best][measured], strict=True))}
+        for best, measured in _LINES if measured in curves.get(best, {})
+    ]  # fmt: skip
+    grid = [{"y": round(floor * i / _DECADES, 1), "text": f"{10.0**-i:g}"} for i in range(1, _DECADES)]
+    x = round(_WIDTH * row["rank"] / row["of"], 1)
+    return {"row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "lines": lines, "grid": grid, "x": x}
+
+
+def rank_choices(rows: Sequence[Row]) -> dict[str, Any]:
+    """What each rule would keep, in either norm: a column each, in the order of the first row that knows it."""
+    every = ((norm, rule) for row in rows for norm, ranks in row["choices"].items() for rule in ranks)
+    columns = list(dict.fromkeys(every))
+    columns.sort(key=lambda column: column[0] == OUTPUT)
+    lines = [(row["tensor"], [row["choices"].get(norm, {}).get(rule) for norm, rule in columns]) for row in rows]
+    return {"columns": columns, "lines": lines}
 
 
 def _significant(value: float | None, digits: int = 4) -> str:

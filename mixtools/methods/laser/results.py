@@ -34,6 +34,13 @@ class Reduced(Result):
         if document["matrices"]:
             yield from _table(document["matrices"])
         yield from (f"note: {remark}" for remark in document["remarks"])
+        if "budget" in document:
+            budget = document["budget"]
+            size, before = human_bytes(budget["bytes"]), human_bytes(budget["of_bytes"])
+            yield (
+                f"as factors {size} of {before} ({100 * budget['share']:.2f}%), {budget['whole']} of "
+                f"{len(document['matrices'])} matrices whole; mean error {100 * budget['mean_error']:.3f}%"
+            )
         if "search" in document:
             figure, chosen = document["search"]["held_out"], document["search"]
             yield f"accepted {chosen['accepted']} of {len(chosen['candidates'])} candidates"
@@ -75,13 +82,18 @@ def tell_forecast(document: dict[str, Any]) -> Iterator[str]:
     targets = ", ".join(f"{n} {name}" for name, n in document["targets"].items())
     most = "at most " if document["laser"]["factored"] else ""
     written = f", and write {most}{human_bytes(document['bytes'])}" if document["bytes"] else ""
-    yield f"would decompose {document['matrices']} matrices ({targets}) by {document['laser']['rank_rule']}{written}"
+    options = document["laser"]
+    how = options["rank_rule"] or f"a budget of {options['budget']:g} of their bytes"
+    norm = ", in the output's norm" if options["norm"] == "output" else ""
+    yield f"would decompose {document['matrices']} matrices ({targets}) by {how}{norm}{written}"
     memory, seconds = human_bytes(document["peak_memory_bytes"]), human_time(document["seconds"])
     yield f"memory at most {memory}; about {seconds} of arithmetic"
     if document["search"]:
         yield f"a search ({document['search']}) comes first: its passes over the text are not counted here"
     if "calibration" in document:
-        yield f"before that, {document['calibration']['tokens']} calibration tokens go through the layers"
+        passes = document["calibration_passes"]
+        often = {1: "", 2: " twice: for the ranks, then for the weights"}[passes]
+        yield f"before that, {document['calibration']['tokens']} calibration tokens go through the layers{often}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

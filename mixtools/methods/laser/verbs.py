@@ -21,6 +21,7 @@ from ...machine import (
 from ...options import Device, DryRun, Jobs, MaxMemory, Out, Overwrite, Resume, ShardSize, Source
 from ...progress import Callback, Progress, watched
 from ...verbs import Forecast, Option
+from .consistent import expect_consistent
 from .results import Reduced, Seen, tell_forecast
 
 if TYPE_CHECKING:
@@ -28,17 +29,22 @@ if TYPE_CHECKING:
     from ...job import Job, Run
     from ...layouts.checkpoint import Checkpoint
     from ...names import Slot
-    from . import run as engine
+    from .selection import Options
 
 ALL_TARGETS = "w1,w2,w3,q,k,v,o"
+NORMS = "weights|output"
 RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
+OUTPUT = "output"
 BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
 
 Layers = Annotated[str, Option("WHICH", "all, 5, 3,7 or 20-31.")]
 Targets = Annotated[str, Option("NAMES", "Which matrices of a layer.")]
 Experts = Annotated[str, Option("WHICH", "all, 0 or 0,3: for w1, w2, w3.")]
 Exact = Annotated[bool, Option("", "A full SVD instead of the Gram matrix: for f32, and slow.")]
-Text = Annotated[str | Path | None, Option("FILE", "Calibration text, for layer errors.")]
+Norm = Annotated[str, Option(NORMS, "What is kept best: the weights as such, or, over --text, the layer's output.")]
+Damping = Annotated[float, Option("N", "--norm output: share of the inputs' mean square, for directions unseen.")]
+Routed = Annotated[bool, Option("", "A token counts at an expert by the square of its routing weight.")]
+Text = Annotated[str | Path | None, Option("FILE", "Calibration text: layer errors, and the output's norm.")]
 Samples = Annotated[int, Option("N", "Windows of the text.", low=1)]
 SeqLen = Annotated[int, Option("N", "Tokens of a window.", low=2)]
 
@@ -63,7 +69,20 @@ class Texts(NamedTuple):
 
 def laser(
     source: Source, out: Out, *, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
-    rank_rule: Annotated[str | None, Option(RULES, "Which singular values stay; mp. A search: all.")] = None,
+    rank_rule: Annotated[
+        str | None, Option(RULES, "Which singular values stay; mp, or activation=0.01 in the output's norm.")
+    ] = None,
+    norm: Norm = "weights",
+    budget: Annotated[
+        float | None, Option("SHARE", "Instead of a rule: of the chosen weights' bytes, spent where it saves most.")
+    ] = None,
+    layer_floor: Annotated[
+        float | None, Option("SHARE", "--budget: what each layer keeps of its bytes at least; half the budget.")
+    ] = None,
+    sequential: Annotated[
+        bool, Option("", "--norm output: each layer's inputs come through the layers as reduced before it.")
+    ] = False,
+    damping: Damping = 1e-4, routed: Routed = False,
     search: Annotated[str | None, Option("gain|laserrmt", "Keep only the edits that --text says help.")] = None,
     margin: Annotated[float, Option("N", "--search gain: standard errors an edit must gain.", low=0)] = 2.0,
     held_out: Annotated[str | Path | None, Option("FILE", "Another text, for the final figure.")] = None,
@@ -78,21 +97,32 @@ def laser(
 
     Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
 
+    Which norm? `weights` is LASER's own: it needs no text, repeats published recipes, and favours no text over
+    another. `output` is the right one to make a model smaller: at the same rank the layer's output changes least, which
+    shows in perplexity, the more so where a few channels are much larger than the others; its text should be like what
+    the model will read.
+
     arXiv 2312.13558; see method.py and linalg/rules.py for the rules. Memory: one matrix, decomposed, and with `text`
-    one layer. Raises UsageError for options or ranks that cannot be, SpectrumError for a matrix with NaN,
-    QuantizedError, MemoryBudgetError, and the errors of reading the source and writing the output.
+    one layer and its moments. Raises UsageError for options or ranks that cannot be, SpectrumError for a matrix with
+    NaN, QuantizedError, MemoryBudgetError, and the errors of reading the source and writing the output.
     """
     check_device(device)
     shard = parse_size(max_shard_size, "max_shard_size")
-    expect_consistent(search=search, text=text, held_out=held_out, rank_rule=rank_rule)
+    expect_consistent(
+        search=search, text=text, held_out=held_out, rank_rule=rank_rule, norm=norm, budget=budget, exact=exact,
+        layer_floor=layer_floor, sequential=sequential, damping=damping, routed=routed,
+    )  # fmt: skip
     from ...job import Run
     from ...storage.output import expect_free
-    from . import run as engine
+    from .selection import Options
 
-    options = engine.Options(layers, targets, experts, rank_rule or "mp", factored, exact, shard)
+    options = Options(
+        layers, targets, experts, rank_rule, factored, exact, norm, damping, budget, layer_floor, sequential, routed,
+        shard,
+    )  # fmt: skip
     machine = Machine(device, parse_limit(max_memory), jobs, watched(progress))
     checkpoint, slots = _open(source, Path(out), options)
-    threads = _threads_within(checkpoint, slots, machine, calibrated=text is not None)
+    threads = _threads_within(checkpoint, slots, machine, options, calibrated=text is not None)
     if not dry_run:
         expect_free(Path(out), overwrite)
     texts = Texts(_path(text), _path(held_out), samples, seq_len)
@@ -100,7 +130,9 @@ def laser(
     if search and not dry_run:
         job = _search_job(checkpoint, options, (search, margin, rank_rule), texts, machine)
     else:
-        calibration = None if search else _calibration(checkpoint, slots, texts, machine, notes)
+        calibration = None
+        if not search:
+            calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
         if dry_run:
             return _forecast(checkpoint, slots, options, threads, rebuild=True, calibration=calibration, search=search)
         job = _job(checkpoint, slots, options, calibration, machine)
@@ -109,7 +141,10 @@ def laser(
 
 def spectrum(
     source: Source, *, layers: Layers, targets: Targets = ALL_TARGETS, experts: Experts = "all",
-    rank_rule: Annotated[str, Option(RULES, "Which singular values stay.")] = "mp",
+    rank_rule: Annotated[
+        str | None, Option(RULES, "Which singular values stay; mp, or activation=0.01 in the output's norm.")
+    ] = None,
+    norm: Norm = "weights", damping: Damping = 1e-4, routed: Routed = False,
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
     out: Annotated[str | Path | None, Option("DIR", "Write the report there.")] = None,
     dry_run: DryRun = False,
@@ -121,51 +156,38 @@ def spectrum(
 
     Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
 
+    With `norm` output and a text: the error of every rank, best in either norm and measured in either.
+
     Raises as `laser`; OutputExists for a report that is there already.
     """
     check_device(device)
     from . import report as pages
-    from . import run as engine
+    from . import survey as surveys
+    from .selection import Options
+    from .worker import Worker
 
-    options = engine.Options(layers, targets, experts, rank_rule, exact=exact)
+    expect_consistent(text=text, rank_rule=rank_rule, norm=norm, exact=exact, damping=damping, routed=routed)
+    options = Options(layers, targets, experts, rank_rule, exact=exact, norm=norm, damping=damping, routed=routed)
     machine = Machine(device, parse_limit(max_memory), 1, watched(progress))
     folder = _path(out)
-    options.method.rank_rule.require(text is not None)
     checkpoint, slots = _open(source, folder, options)
-    _threads_within(checkpoint, slots, machine, calibrated=text is not None)
+    _threads_within(checkpoint, slots, machine, options, calibrated=text is not None)
     if folder is not None and not overwrite and (found := folder / f"{pages.NAME}.json").exists():
         raise OutputExists("is there already, maybe that of a checkpoint; --overwrite replaces it", file=found)
-    notes: list[str] = []
-    calibration = _calibration(checkpoint, slots, Texts(_path(text), None, samples, seq_len), machine, notes)
+    texts = Texts(_path(text), None, samples, seq_len)
+    calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
     record = {"calibration": calibration.text.record} if calibration else {}
     if dry_run:
         return _forecast(checkpoint, slots, options, 1, rebuild=False, calibration=calibration)
-    if (rank := engine.is_fixed(options.method)) is not None:
-        engine.fixed_survey(checkpoint, slots, rank)
+    if (rank := options.method.fixed_rank) is not None:
+        surveys.fixed_survey(checkpoint, slots, rank)
     began = time.monotonic()
-    worker = engine.Worker(checkpoint, options.method, find_device(device), calibration)
-    rows = engine.survey(worker, slots, machine.progress).rows
+    worker = Worker(checkpoint, options.method, find_device(device), calibration)
+    rows = surveys.survey(worker, slots, machine.progress).rows
     report = pages.document(checkpoint.layout.name, {"laser": options.document(), **record}, list(rows.values()))
     if folder is not None:
         _write(folder, pages.documents(report))
     return Seen(folder, report, round(time.monotonic() - began, 3), peak_memory(), tuple(notes))
-
-
-def expect_consistent(
-    search: str | None = None, text: object = None, held_out: object = None, rank_rule: str | None = None,
-    max_shard_size: str | int = 0, **_: Any,
-) -> None:  # fmt: skip
-    """Raises UsageError for options of `laser` that contradict each other, or a value that is none."""
-    from ...linalg.rules import parse_rule
-
-    parse_size(max_shard_size, "max_shard_size")
-    if search is None and held_out is not None:
-        raise UsageError("--held-out is the text of a search's final figure; give it with --search")
-    if search is not None and (text is None or held_out is None):
-        raise UsageError("--search needs --text FILE to choose by and --held-out FILE for the final figure")
-    if search == "laserrmt" and rank_rule not in (None, "laserrmt"):
-        raise UsageError("--search laserrmt takes LaserRMT's own threshold; leave out --rank-rule")
-    parse_rule(rank_rule or "mp").require(text is not None)
 
 
 def _path(name: str | Path | None) -> Path | None:
@@ -176,24 +198,31 @@ def _path(name: str | Path | None) -> Path | None:
 
 
 def _job(
-    source: Checkpoint, slots: list[Slot], options: engine.Options, calibration: Calibration | None, machine: Machine
+    source: Checkpoint, slots: list[Slot], options: Options, calibration: Calibration | None, machine: Machine
 ) -> Job:
-    """Ranks that can be told before anything is written are: too high a one, and those of factors."""
+    """Ranks that can be told before anything is written are: too high a one, those of factors, and of a budget."""
     from . import run as engine
+    from . import survey as surveys
+    from .worker import Worker
 
     known = None
+    method = options.method
     record = {"calibration": calibration.text.record} if calibration else {}
     device = find_device(machine.device)
-    if (rank := engine.is_fixed(options.method)) is not None:
-        known = engine.fixed_survey(source, slots, rank)
+    worker = Worker(source, method, device, calibration)
+    if options.budget is not None:
+        known = surveys.budget_survey(worker, slots, options.budget, options.floor, machine.progress)
+    elif (rank := method.fixed_rank) is not None:
+        known = surveys.fixed_survey(source, slots, rank)
+    elif options.factored and method.norm == OUTPUT:
+        known = surveys.rank_survey(worker, slots, machine.progress)
     elif options.factored:
-        worker = engine.Worker(source, options.method, device, calibration)
-        known, calibration = engine.survey(worker, slots, machine.progress), None
+        known, calibration = surveys.survey(worker, slots, machine.progress), None
     return engine.plan_laser(source, options, known=known, calibration=calibration, device=device, record=record)
 
 
 def _search_job(
-    source: Checkpoint, options: engine.Options, asked: tuple[str, float, str | None], texts: Texts, machine: Machine
+    source: Checkpoint, options: Options, asked: tuple[str, float, str | None], texts: Texts, machine: Machine
 ) -> Job:
     """The two texts cut into windows, and the job that searches on them."""
     import hashlib
@@ -204,7 +233,7 @@ def _search_job(
     from .search.run import Asked, plan_search
 
     method, margin, rule = asked
-    wanted = SearchOptions(method, margin=margin)
+    wanted = SearchOptions(method, margin=margin, norm=options.norm, damping=options.damping, routed=options.routed)
     if rule is not None:
         wanted = replace(wanted, rank_rules=(rule,))
     tokenizer = Tokenizer.from_folder(source.folder)
@@ -236,9 +265,9 @@ def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str]) -> Reduced:
     return Reduced(out, job.inputs.folder, engine.read_report(out), done, (*job.notes, *notes))
 
 
-def _open(source: Source, out: Path | None, options: engine.Options) -> tuple[Checkpoint, list[Slot]]:
+def _open(source: Source, out: Path | None, options: Options) -> tuple[Checkpoint, list[Slot]]:
     from ...hub.opening import open_model
-    from . import run as engine
+    from .selection import select
 
     _ = options.method  # a rule that there is not is told first
     try:
@@ -248,20 +277,22 @@ def _open(source: Source, out: Path | None, options: engine.Options) -> tuple[Ch
         raise QuantizedError(why, file=error.file, tensor=error.tensor) from None
     if out is not None and checkpoint.folder.resolve() == out.resolve():
         raise UsageError("the output is the source's own folder; name another", file=out)
-    slots = engine.select(checkpoint.config, options)
+    slots = select(checkpoint.config, options)
     if not slots:
         raise UsageError("no matrix is chosen by --layers, --targets and --experts together")
     return checkpoint, slots
 
 
-def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, calibrated: bool) -> int:
+def _threads_within(
+    source: Checkpoint, slots: list[Slot], machine: Machine, options: Options, *, calibrated: bool
+) -> int:
     """As many as asked for and as fit; one decomposes, the others copy."""
     from ...inference import calibrate
     from ...storage.store import CHUNK
-    from . import run as engine
+    from .forecast import memory_bytes
 
     limit, copier = machine.max_memory, 8 * CHUNK
-    need = BASE_MEMORY + engine.memory_bytes(source, slots, calibrated)
+    need = BASE_MEMORY + memory_bytes(source, slots, options.method, calibrated)
     need += calibrate.moment_bytes(source.config, slots) if calibrated else 0
     if limit is None:
         return machine.jobs
@@ -273,18 +304,19 @@ def _threads_within(source: Checkpoint, slots: list[Slot], machine: Machine, *, 
 
 
 def _calibration(
-    source: Checkpoint, slots: list[Slot], texts: Texts, machine: Machine, notes: list[str]
-) -> Calibration | None:
+    source: Checkpoint, slots: list[Slot], texts: Texts, machine: Machine, options: Options
+) -> tuple[Calibration | None, list[str]]:
+    """And what its user should know."""
     if texts.text is None:
-        return None
+        return None, []
     from ...checking.perplexity import read_text
     from ...inference import calibrate
     from ...inference.stream import Stream
     from ...text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(source.folder)
-    if (remark := tokenizer.check_vocab(source.config)) is not None:
-        notes.append(remark)
+    remark = tokenizer.check_vocab(source.config)
+    notes = [] if remark is None else [remark]
     ids = tokenizer.encode(read_text(texts.text), bos=False)
     tokenizer.expect_known(ids, source.config)
     text = calibrate.cut(ids, texts.samples, texts.seq_len, tokenizer.bos_id)
@@ -292,7 +324,11 @@ def _calibration(
     stream = Stream(source, find_device(machine.device), source.main_dtype().torch(), max_memory=limit)
     stream.reserved = calibrate.moment_bytes(source.config, slots)
     stream.plan([len(ids) for ids in text.sequences])  # what does not fit is told before anything is read
-    return calibrate.Calibration(stream, text, slots)
+    if options.sequential:
+        from .sequential import Sequential
+
+        return Sequential(stream, text, slots, options.routed), notes
+    return calibrate.Calibration(stream, text, slots, options.routed), notes
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
@@ -308,22 +344,29 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _forecast(
-    source: Checkpoint, slots: list[Slot], options: engine.Options, threads: int, *, rebuild: bool,
+    source: Checkpoint, slots: list[Slot], options: Options, threads: int, *, rebuild: bool,
     calibration: Calibration | None, search: str | None = None,
 ) -> Forecast:  # fmt: skip
     """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
     from ... import conversion
-    from . import run as engine
+    from .forecast import forecast_seconds, memory_bytes
+    from .selection import role_counts
 
-    memory = BASE_MEMORY + engine.memory_bytes(source, slots, calibration is not None)
+    method, surveyed = options.method, False
+    memory = BASE_MEMORY + memory_bytes(source, slots, method, calibration is not None)
+    record: dict[str, Any] = {}
     if calibration:
         memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
-    record = {"calibration": calibration.text.record} if calibration else {}
+        surveyed = method.norm == OUTPUT and options.is_surveyed
+        record = {"calibration": calibration.text.record, "calibration_passes": 1 + surveyed}
     size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
-    seconds = round(engine.forecast_seconds(source, slots, rebuild, time.perf_counter), 1)
+    seconds = forecast_seconds(source, slots, rebuild, method.norm, time.perf_counter)
+    if surveyed or options.budget is not None:
+        seconds += forecast_seconds(source, slots, False, method.norm, time.perf_counter)
+    seconds = round(seconds, 1)
     document: dict[str, Any] = {
         "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),
-        "targets": engine.role_counts(slots), "bytes": size, "seconds": seconds,
+        "targets": role_counts(slots), "bytes": size, "seconds": seconds,
         "peak_memory_bytes": memory, "jobs": threads,
     }  # fmt: skip
     return Forecast(size, memory, seconds, document, tuple(tell_forecast(document)))

@@ -72,7 +72,7 @@ def search(
     layers = [int(slot.layer or 0) for _, slot in ordered] or [int(slot.layer or 0) for slot in slots]
     bench = Bench(
         reader, text, layers, batch=options.batch, device=device, dtype=dtype, max_memory=max_memory,
-        progress=progress, spill=spill,
+        progress=progress, spill=spill, method=options.analysis(), routed=options.routed,
     )  # fmt: skip
     try:
         if options.method == "laserrmt":
@@ -101,7 +101,7 @@ def _check(reader: Reader, slots: Sequence[Slot], options: SearchOptions) -> Non
         return
     smallest = min(slots, key=lambda slot: min(reader.config.shape(slot.role)))
     rows, cols = reader.config.shape(smallest.role)
-    for rule in map(parse_rule, options.rank_rules):
+    for rule in map(parse_rule, options.rules):
         if isinstance(rule, Fixed) and rule.count > min(rows, cols):
             raise UsageError(f"rank rule {rule}: {smallest} is {rows}x{cols} and has rank {min(rows, cols)} at most")
 

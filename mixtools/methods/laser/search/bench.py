@@ -24,10 +24,10 @@ from ....inference.model import Head, Layer
 from ....inference.states import States
 from ....inference.stream import Plan, Stream, check_ids
 from ....layouts.reader import Reader
-from ....linalg.spectrum import decompose
 from ....names import Slot
 from ....progress import Progress
-from ..method import Analysis
+from ..figures import OUTPUT
+from ..method import Analysis, Options, analyse
 from .rows import Figure, Row
 from .shelf import EditedReader, Edits, Place, Shelf
 
@@ -63,9 +63,12 @@ class Bench:
         max_memory: int | None,
         progress: Progress | None,
         spill: Path | None = None,
+        method: Options | None = None,
+        routed: bool = False,
     ) -> None:
         """Runs the source up to the last of `layers`, where candidates are. Raises what Stream.hidden raises."""
         self.source, self.text, self.batch = reader, text, batch
+        self.method, self.routed = method or Options(), routed
         self.stream = Stream(reader, device, dtype, max_memory=max_memory, progress=progress, spill=spill)
         self.shelf = Shelf(self.stream.spill)
         self.stream.reader = self.reader = EditedReader(reader, self.shelf)
@@ -128,10 +131,14 @@ class Bench:
         """From now on these edits stand; `nll` is what they gave."""
         self.edits, self._standing = dict(edits), nll
 
-    def restore(self, row: Row) -> None:
-        """What an earlier run decided stands."""
-        if row.rank is not None:
-            self.edits[row.slot] = self.truncate(self.analyse(row.slot), row.rank)
+    def restore(self, rows: Sequence[Row]) -> None:
+        """What an earlier run decided of matrices of one layer stands."""
+        accepted = {row.slot: row.rank for row in rows if row.rank is not None}
+        moments = None
+        if accepted and self.method.norm == OUTPUT:
+            moments = self.moments(int(next(iter(accepted)).layer or 0), list(accepted))
+        for slot, rank in accepted.items():
+            self.edits[slot] = self.truncate(self.analyse(slot, moments), rank)
             self._standing = None
 
     # --- one matrix ---
@@ -140,13 +147,13 @@ class Bench:
         """The matrix decomposed, where the model runs. Raises SpectrumError for NaN or Inf."""
         weight = self.source.read(slot).to(self.stream.device)
         try:
-            return Analysis(decompose(weight), moments.covariance(slot) if moments else None)
+            return analyse(weight, self.method, moments.covariance(slot) if moments else None)
         except SpectrumError as error:
             raise SpectrumError(error.message, file=error.file, tensor=slot) from None
 
     def truncate(self, analysis: Analysis, rank: int) -> Place:
         """Set the matrix aside as it would be written at this rank."""
-        return self.shelf.put(analysis.decomposition.project(rank))
+        return self.shelf.put(analysis.project(rank))
 
     def moments(self, index: int, slots: Sequence[Slot]) -> Moments:
         """Second moments of these slots of layer `index`, over the text. One layer pass."""
@@ -155,7 +162,7 @@ class Bench:
         plan = self.stream.plan(self.lengths, copies=0, held=self._held + _moment_bytes(self.source, slots))
         self.stream.progress.start(f"layer {index}: inputs", states.tokens, "tok")
         for layer in self.stream.layers(index, index + 1, double=False):
-            moments = Moments(layer, slots)
+            moments = Moments(layer, slots, self.routed)
             self.stream.through(layer, states, into=None, observer=moments, pass_tokens=plan.pass_tokens)
         self.stream.progress.finish()
         moments.forget_weights()

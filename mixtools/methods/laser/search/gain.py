@@ -47,8 +47,7 @@ def gain(bench: Bench, slots: Sequence[Slot], options: SearchOptions, done: Mapp
     for index in sorted({int(slot.layer or 0) for slot in slots}, reverse=True):
         here = [slot for slot in slots if slot.layer == index]
         if all(slot in done for slot in here):
-            for slot in here:
-                bench.restore(done[slot])
+            bench.restore([done[slot] for slot in here])
             yield from (done[slot] for slot in here)
         else:
             yield from _LayerSearch(bench, options, index).run(here)
@@ -83,10 +82,9 @@ class _LayerSearch:
             candidate.reject(f"starved: {tokens:,} tokens of the text reach it, at least {least:,} are asked for")
             return candidate
         analysis = self.bench.analyse(slot, moments)
-        found, lost = analysis.decomposition, analysis.lost
+        full, lost = analysis.numerical_rank, analysis.lost
         assert lost is not None
-        full = int((found.values > max(found.floor, found.rounding)).sum())
-        ranks = sorted({analysis.rank(parse_rule(rule)) for rule in self.options.rank_rules})
+        ranks = sorted({analysis.rank(parse_rule(rule)) for rule in self.options.rules})
         lower = [rank for rank in ranks if rank < full]
         candidate.trials = {rank: Trial(rank, float(lost[rank])) for rank in lower}
         chosen = [rank for rank in lower if lost[rank] <= self.options.max_error]

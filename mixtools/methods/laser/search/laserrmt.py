@@ -55,7 +55,7 @@ def one_by_one(bench: Bench, chosen: Sequence[tuple[float, Slot]], done: Mapping
     """A row for each of `chosen`, in their order."""
     for ratio, slot in chosen:
         if slot in done:
-            bench.restore(done[slot])
+            bench.restore([done[slot]])
             yield done[slot]
         else:
             yield _try(bench, slot, ratio)
@@ -64,7 +64,7 @@ def one_by_one(bench: Bench, chosen: Sequence[tuple[float, Slot]], done: Mapping
 def _try(bench: Bench, slot: Slot, ratio: float) -> Row:
     analysis = bench.analyse(slot)
     rank = analysis.rank(LaserRmt())
-    if rank == len(analysis.decomposition.values):
+    if rank == len(analysis.best.values):
         return Row(slot, False, "the threshold keeps every singular value", snr=ratio)
     edits = {**bench.edits, slot: bench.truncate(analysis, rank)}
     (after,) = bench.nll([edits])

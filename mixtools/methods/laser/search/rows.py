@@ -8,40 +8,50 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ....errors import UsageError
-from ....linalg.rules import parse_rule
+from ....linalg.weighted import DAMPING
 from ....names import Role, Slot
+from ..figures import OUTPUT, WEIGHTS
+from ..method import Options
 
 METHODS = ("gain", "laserrmt")
+_RULES = {
+    WEIGHTS: ("mp", "gavish-donoho", "activation=0.02", "activation=0.1"),
+    OUTPUT: ("activation=0.01", "activation=0.03", "activation=0.1"),
+}
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """How to search.
 
-    method: `gain`, or `laserrmt` for LaserRMT's published way. Of `gain` alone: rank_rules, whose ranks are tried;
-    max_error, the largest share of the layer's output energy that a rank may lose and still be evaluated; margin, how
-    many standard errors the text must gain before an edit stays (by chance one edit in 6 without any effect passes at
-    1, one in 44 at 2, one in 740 at 3); min_tokens, below which a matrix is starved: too few tokens reach it
-    to judge an edit. Of `laserrmt` alone: lowest, how many matrices of lowest SNR are tried. batch: edits that
-    are evaluated at once, at most; memory may make them fewer.
+    method: `gain`, or `laserrmt` for LaserRMT's published way. Of `gain` alone: norm, damping and routed, as of
+    `mixtools laser`; rank_rules, whose ranks are tried (empty: those of the norm); max_error, the largest share of the
+    layer's output energy that a rank may lose and still be evaluated; margin, how many standard errors the text must
+    gain before an edit stays (by chance one edit in 6 without any effect passes at 1, one in 44 at 2, one in 740 at
+    3); min_tokens, below which a matrix is starved: too few tokens reach it to judge an edit. Of `laserrmt` alone:
+    lowest, how many matrices of lowest SNR are tried. batch: edits that are evaluated at once, at most; memory may
+    make them fewer.
     """
 
     method: str = "gain"
-    rank_rules: tuple[str, ...] = ("mp", "gavish-donoho", "activation=0.02", "activation=0.1")
+    rank_rules: tuple[str, ...] = ()
     max_error: float = 0.3
     margin: float = 2.0
     min_tokens: int = 100
     lowest: int = 15
     batch: int = 16
+    norm: str = WEIGHTS
+    damping: float = DAMPING
+    routed: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be."""
         if self.method not in METHODS:
             raise UsageError(f"search {self.method!r} is not one of {', '.join(METHODS)}")
-        if not self.rank_rules:
-            raise UsageError("a search needs at least one rank rule")
-        for rule in self.rank_rules:
-            parse_rule(rule)
+        if self.norm == OUTPUT and self.method != "gain":
+            raise UsageError("--search laserrmt is LaserRMT's way, in the weights' norm: leave out --norm output")
+        for rule in self.rules:
+            self.analysis(rule)
         if not 0.0 < self.max_error <= 1.0:
             raise UsageError(f"search: max_error={self.max_error:g} is a share of the output's energy, above 0 up to 1")
         if not (math.isfinite(self.margin) and self.margin >= 0):
@@ -49,6 +59,14 @@ class SearchOptions:
         for name in ("min_tokens", "lowest", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"search: {name}={getattr(self, name)} is below 1")
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return self.rank_rules or _RULES.get(self.norm, _RULES[WEIGHTS])
+
+    def analysis(self, rule: str = "activation=0.1") -> Options:
+        """How one matrix is decomposed. Raises UsageError for a norm, a damping or a rule that cannot be."""
+        return Options.parse(rule, norm=self.norm, damping=self.damping)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,19 @@ import torch
 from .... import conversion
 from ....checking.perplexity import Windows
 from ....errors import UsageError
+from ....inference.calibrate import Calibration, Text
+from ....inference.stream import Stream
 from ....job import Job
 from ....layouts.checkpoint import Checkpoint
 from ....layouts.hf import HF
 from ....progress import Progress
 from ....storage.output import Output
 from .. import report as pages
-from ..run import Edit, Options, Survey, Worker, select
+from ..figures import OUTPUT
+from ..run import Edit
+from ..selection import Options, select
+from ..survey import Survey
+from ..worker import Worker
 from . import Row, SearchOptions, search
 
 _PREFIX, _WHOLE = "search ", "search"  # names of notes in the journal
@@ -38,7 +44,7 @@ class Asked:
     @property
     def record(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self.options).items() if name != "batch"}  # memory, not outcome
-        return {**own, "rank_rules": list(self.options.rank_rules), **self.texts}
+        return {**own, "rank_rules": list(self.options.rules), **self.texts}
 
 
 def plan_search(
@@ -56,7 +62,7 @@ def plan_search(
         raise UsageError("a search does not know its ranks before the output is planned: leave out --factored")
     slots = select(source.config, options)
     device = device or torch.device("cpu")
-    rule = "laserrmt" if asked.options.method == "laserrmt" else ", ".join(asked.options.rank_rules)
+    rule = "laserrmt" if asked.options.method == "laserrmt" else ", ".join(asked.options.rules)
     told = {"laser": {**options.document(), "rank_rule": rule}}
 
     def work(output: Output) -> list[conversion.Work]:
@@ -70,7 +76,13 @@ def plan_search(
             output.note(_WHOLE, {"held_out": result.held_out.document(), "rows": [r.document() for r in result.rows]})
         rows = [Row.from_document(found) for found in output.notes[_WHOLE]["rows"]]
         ranks = {row.slot: row.rank for row in rows if row.rank is not None}
-        edit = Edit(Worker(source, options.method, device, None), options, Survey(ranks, {}))
+        calibration = None
+        if asked.options.norm == OUTPUT:  # the same text once more: judged weights are not kept through a kill
+            stream = Stream(source, device, dtype, max_memory=max_memory, progress=progress)
+            text = Text(tuple(asked.text.sequences), {})
+            calibration = Calibration(stream, text, list(ranks), asked.options.routed)
+        worker = Worker(source, asked.options.analysis(), device, calibration)
+        edit = Edit(worker, options, Survey(ranks, {}))
         return [edit.work(slot) for slot in ranks]
 
     def tell(output: Output) -> dict[str, bytes]:
@@ -79,7 +91,8 @@ def plan_search(
     shards = conversion.Options(max_shard_bytes=options.max_shard_bytes)
     job = conversion.plan_hf(source, shards, conversion.Changes(work=work))
     record = {**job.record, **told, "search": asked.record}
-    return replace(job, report=tell, reports=pages.FILES, record=record, label="reducing")
+    in_order = 1 if asked.options.norm == OUTPUT else None
+    return replace(job, report=tell, reports=pages.FILES, record=record, label="reducing", jobs=in_order)
 
 
 def _report(source: Checkpoint, told: dict[str, Any], output: Output) -> dict[str, Any]:
@@ -96,8 +109,9 @@ def _report(source: Checkpoint, told: dict[str, Any], output: Output) -> dict[st
             "accepted": row.accepted,
         }  # fmt: skip
         if row.accepted:
-            error = best.layer_error if best else None
-            rows.append({**output.notes[str(slot)], **found, "layer_error": error, "tokens": row.tokens})
+            made = output.notes[str(slot)]
+            error = best.layer_error if best and made["layer_error"] is None else made["layer_error"]
+            rows.append({**made, **found, "layer_error": error, "tokens": row.tokens})
         tried = {**row.document(), "tensor": HF.piece(slot, source.config).name}
         candidates.append({**tried, **found})
     searched = {**told["search"], "accepted": len(rows), "held_out": whole["held_out"], "candidates": candidates}

@@ -1,0 +1,86 @@
+"""One matrix at a time: read, decomposed in the norm that was asked for, and told of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MixtoolsError
+from ...inference.calibrate import Calibration
+from ...layouts.checkpoint import Checkpoint
+from ...layouts.hf import HF
+from ...linalg.output import Covariance
+from ...linalg.spectrum import Spectrum
+from ...names import Slot
+from . import report as pages
+from .figures import OUTPUT, Report
+from .method import Analysis, Options, analyse, look, scan, spectrum_in_norm
+
+Row = dict[str, Any]
+
+
+class Worker:
+    """Reads and decomposes matrices, one at a time whatever the number of threads: that bounds the memory."""
+
+    def __init__(self, source: Checkpoint, method: Options, device: torch.device, calibration: Calibration | None):
+        self.source, self.method, self.device, self.calibration = source, method, device, calibration
+        self.turn = threading.Lock()
+
+    def analyse(self, slot: Slot) -> Analysis:
+        """Raises SpectrumError, which names file and tensor, for NaN or Inf."""
+        with located(self.source, slot):
+            return analyse(self.weight(slot), self.method, self.covariance(slot))
+
+    def spectrum(self, slot: Slot) -> Spectrum:
+        """Values alone, in the norm that was asked for. Raises as `analyse`."""
+        with located(self.source, slot):
+            return spectrum_in_norm(self.weight(slot), self.method, self.covariance(slot))
+
+    def scan(self, slot: Slot) -> Report:
+        """Figures alone: with a text in full, without it the cheapest way."""
+        with located(self.source, slot):
+            covariance = self.covariance(slot)
+            if covariance is None:
+                return scan(self.weight(slot), self.method)
+            if self.method.norm == OUTPUT:
+                return look(self.weight(slot), self.method, covariance)
+        analysis = self.analyse(slot)
+        return analysis.report(self.rank(slot, analysis))
+
+    def rank(self, slot: Slot, analysis: Analysis) -> int:
+        """By the rule; the full one where the rule asks for inputs and no calibration token came here."""
+        rule, unseen = self.method.rank_rule, self.tokens(slot) == 0
+        if rule.needs_covariance and unseen and self.method.norm != OUTPUT:
+            return min(analysis.weight.shape)
+        with located(self.source, slot):
+            return analysis.rank(self.method.rank_rule)
+
+    def row(self, slot: Slot, report: Report) -> Row:
+        """The report's row, with what the whole model knows of the matrix."""
+        return pages.row(slot, HF.piece(slot, self.source.config).name, report, self.tokens(slot))
+
+    def weight(self, slot: Slot) -> Tensor:
+        return self.source.read(slot).to(self.device)
+
+    def covariance(self, slot: Slot) -> Covariance | None:
+        return self.calibration.covariance(slot) if self.calibration else None
+
+    def tokens(self, slot: Slot) -> int | None:
+        """That calibrated it, once they have."""
+        return self.calibration.tokens[slot] if self.calibration else None
+
+
+@contextmanager
+def located(source: Checkpoint, slot: Slot) -> Iterator[None]:
+    """Errors within name the file and the tensor they are about."""
+    try:
+        yield
+    except MixtoolsError as error:
+        entry = source.entry(slot)
+        error.file, error.tensor = error.file or str(entry.source.label), error.tensor or entry.name
+        raise
