@@ -78,6 +78,12 @@ class Calibration:
             self.tokens |= self._moments.tokens
         return self._moments.covariance(slot)
 
+    def close(self) -> None:
+        """Give memory and disk back."""
+        if self._states is not None:
+            self._states.close()
+        self._states = self._moments = None
+
     def _advance(self, index: int) -> Moments:
         if self._states is None or self._states.layer > index:
             self._states = self.stream.embed(self.text.sequences)
@@ -94,11 +100,6 @@ class Calibration:
             self.stream.through(layer, states, into=into, observer=moments, pass_tokens=plan.pass_tokens)
         moments.forget_weights()
         return moments
-
-    def starved(self) -> list[Slot]:
-        """Slots, seen so far, that fewer tokens reached than their shorter side has dimensions."""
-        config = self.stream.config
-        return [slot for slot, count in self.tokens.items() if count < min(config.shape(slot.role))]
 
 
 class Moments:

@@ -185,7 +185,9 @@ class _Outputs(_Side):
         self.total = float(outputs.diagonal().double().sum())
         if power is None and self.weight_energy > 0:
             power = self.total / self.weight_energy
-        self._outputs, self._lam = outputs, damping * _expect_energy(power)
+        # sums in fp32 are not quite symmetric, which counts where gains are taken from what λ is a part of
+        self._outputs = torch.tril(outputs) + torch.tril(outputs, -1).T
+        self._lam = damping * _expect_energy(power)
 
     def matrix(self) -> Tensor:
         result = self._inner.mul_(self._lam)

@@ -31,6 +31,7 @@ from .store import CHUNK, Bits, as_bytes
 from .writeback import WriteBehind, write_all
 
 JOURNAL = "journal.jsonl"
+FINDINGS = "findings.jsonl"  # of a run that had to look before it could plan: findings.py
 LOCK = "lock"
 Document = bytes | Path  # what is written, or the file of the source that is copied
 
@@ -81,7 +82,7 @@ class Output:
                 self._begin({"plan": _digest(plan), **key}, overwrite, resume)
         except BaseException:
             self.close()
-            _forget(self.work, folder)
+            forget(self.work, folder)
             raise
 
     def __enter__(self) -> Output:
@@ -333,7 +334,7 @@ def _digest(plan: Plan) -> str:
     return f"{zlib.crc32(json.dumps([tensors, [[f.name, f.size] for f in plan.files]]).encode()):08x}"
 
 
-def _empty(work: Path, but: Iterable[str] = (LOCK,)) -> None:
+def _empty(work: Path, but: Iterable[str] = (LOCK, FINDINGS)) -> None:
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -341,9 +342,9 @@ def _empty(work: Path, but: Iterable[str] = (LOCK,)) -> None:
             path.unlink()
 
 
-def _forget(work: Path, folder: Path) -> None:
+def forget(work: Path, folder: Path) -> None:
     """Leave no trace of a run that never began."""
-    if not (work / JOURNAL).exists():
+    if not (work / JOURNAL).exists() and not (work / FINDINGS).exists():
         shutil.rmtree(work, ignore_errors=True)
         if not any(folder.iterdir()):
             folder.rmdir()

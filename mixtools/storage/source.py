@@ -25,6 +25,8 @@ def missing(path: Path, otherwise: str) -> str:
 class Source:
     """Reads with `pread`: no shared position, so any number of threads may read at once."""
 
+    _close = staticmethod(os.close)  # names of the module are gone when an interpreter ends
+
     def __init__(self, paths: Path | Sequence[Path]) -> None:
         """Open one file or the parts of one, in order. Raises InputError if one cannot be opened."""
         self.paths = [paths] if isinstance(paths, Path) else list(paths)
@@ -88,7 +90,7 @@ class Source:
 
     def close(self) -> None:
         while self._files:
-            os.close(self._files.pop())
+            self._close(self._files.pop())
 
     def __del__(self) -> None:
         self.close()

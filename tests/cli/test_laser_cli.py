@@ -13,7 +13,7 @@ import pytest
 from mixtools import conversion, job
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.methods.laser import verbs as command
-from mixtools.methods.laser.run import ALL_TARGETS
+from mixtools.methods.laser.selection import ALL_TARGETS
 
 DATA = Path(__file__).parent.parent / "data"
 NANO = DATA / "nano-mixtral"

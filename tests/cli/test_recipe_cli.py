@@ -150,7 +150,7 @@ def test_an_output_that_no_gate_judges_does_not_end_the_run(nano: Path, tmp_path
 
 
 def test_laser_and_check_go_on_after_an_interruption(nano: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from mixtools.methods.laser import run as laser
+    from mixtools.methods.laser.worker import Worker
 
     steps = [
         {"do": "laser", "src": str(nano), "out": "${out}", "layers": 1, "targets": "w2", "rank_rule": "rank=8"},
@@ -159,17 +159,17 @@ def test_laser_and_check_go_on_after_an_interruption(nano: Path, tmp_path: Path,
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"name": "n", "description": "d", "vars": {"out": None}, "steps": steps}))
     out, whole = tmp_path / "out", tmp_path / "whole"
-    real, calls = laser.Worker.analyse, iter(range(100))
+    real, calls = Worker.analyse, iter(range(100))
 
-    def stopped(self: laser.Worker, slot: Any) -> Any:
+    def stopped(self: Worker, slot: Any) -> Any:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return real(self, slot)
 
-    monkeypatch.setattr(laser.Worker, "analyse", stopped)
+    monkeypatch.setattr(Worker, "analyse", stopped)
     done = run("run", file, f"out={out}", "--jobs", 1)
     assert done.code == 130 and [path.name for path in out.iterdir()] == [".mixtools"]
-    monkeypatch.setattr(laser.Worker, "analyse", real)
+    monkeypatch.setattr(Worker, "analyse", real)
     found = document("run", file, f"out={out}")
     assert found["steps"][0]["result"]["resumed_bytes"] > 0
     document("run", file, f"out={whole}")

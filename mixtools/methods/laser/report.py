@@ -9,6 +9,8 @@ import csv
 import io
 import json
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from ...linalg.bulk import singular_value_density
 from ...linalg.spectrum import FloatArray
 from ...linalg.weighted import STARVED
+from ...machine import human_bytes
 from ...names import Slot
 from ...version import __version__
 from .figures import OUTPUT, WEIGHTS, Report
@@ -25,18 +28,19 @@ from .figures import OUTPUT, WEIGHTS, Report
 NAME = "laser-report"
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 64
-SHOWN = 12  # spectra drawn
-_WIDTH, _HEIGHT, _FOOT, _HEAD = 420, 180, 20, 40  # of a drawn spectrum, in its own units
+SHOWN = 12  # spectra drawn, and curves
+_WIDTH, _HEIGHT, _FOOT, _HEAD = 420, 210, 24, 62  # of a drawing, in its own units; the page shrinks them by a quarter
 _CELL = 22
+_DECADES = 5  # of loss that are drawn
+_LEAST = 10.0**-_DECADES
 _MARKS = (
-    ("edge", "MP edge"), ("gavish_donoho", "Gavish-Donoho"), ("laserrmt_threshold", "laserrmt"),
-    ("smallest_kept", "kept from here"),
+    ("edge", "edge", "MP edge"), ("gavish_donoho", "gavish", "Gavish-Donoho"),
+    ("laserrmt_threshold", "laserrmt", "laserrmt"), ("smallest_kept", "kept", "kept from here"),
 )  # fmt: skip
 _COLUMNS = (
     "tensor", "layer", "expert", "target", "rows", "columns", "rank", "of", "share", "energy", "snr_laserrmt", "snr_mp",
     "sigma", "edge", "gavish_donoho", "laserrmt_threshold", "norm", "damping", "layer_error", "tokens", "break_even",
-    "delta_nll",
-    "delta_nll_stderr", "accepted", "already_low_rank", "note",
+    "delta_nll", "delta_nll_stderr", "accepted", "already_low_rank", "note",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -96,8 +100,8 @@ def remarks(rows: Sequence[Row], norm: str = WEIGHTS, damping: float | None = No
         weighted = any(row["norm"] == OUTPUT for row in starved)
         found.append(
             f"{_matrices(starved)} saw fewer calibration tokens than there are directions (fewest {fewest['tokens']}, "
-            f"{fewest['tensor']}){f': damped {STARVED:g} times as much' if weighted else ''}: take a longer text, or "
-            "more --samples"
+            f"{fewest['tensor']}): their layer errors look smaller than they are"
+            f"{f', though damped {STARVED:g} times as much' if weighted else ''}; take a longer text, or more --samples"
         )
     if norm == OUTPUT and (unseen := [row for row in rows if row["norm"] != OUTPUT]):
         found.append(f"no calibration token came to {_matrices(unseen)}: reduced in the norm of the weights")
@@ -140,48 +144,158 @@ def html(report: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"sig": _significant, "percent": _percent}
-    rows = report["matrices"]
-    options = report["laser"]
+    environment.filters |= {"sig": _significant, "percent": _percent, "loss": loss, "size": human_bytes, "label": label}
+    rows, options = report["matrices"], report["laser"]
+    drawn = by_loss(rows)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         report=report,
         options=options,
         rows=[{**dict.fromkeys(_COLUMNS), **row} for row in rows],
-        calibrated=any(row["layer_error"] is not None for row in rows),
+        measured=measured_in(rows),
         search=report.get("search"),
-        maps=[heat_map(rows, target) for target in dict.fromkeys(row["target"] for row in rows)],
+        cards=by_target(rows),
+        maps=heat_maps(rows),
         spectra=[draw(row) for row in chosen(rows)],
-        curves=[draw_curves(row) for row in chosen(rows)],
+        curves=[draw_curves(row) for row in chosen(drawn)],
+        could_be_drawn=len(drawn),
         choices=rank_choices(rows),
         weighted=options["norm"] == OUTPUT,
+        damped=any(row["damping"] not in (None, options.get("damping")) for row in rows),
     )
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Of many matrices the ones to draw: spread evenly from the one that keeps most to the one that keeps least."""
-    if len(rows) <= SHOWN:
-        return list(rows)
-    ordered = sorted(rows, key=lambda row: (-row["share"], row["tensor"]))
-    return [ordered[round(i * (len(ordered) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+    """Of many matrices the ones to draw, spread evenly from the first to the last."""
+    count = min(len(rows), SHOWN)
+    return [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def heat_map(rows: Sequence[Row], target: str) -> dict[str, Any]:
-    """Layers by experts: what share of the ranks was kept, from the least to the most among them."""
-    mine = [row for row in rows if row["target"] == target]
-    layers = sorted({row["layer"] for row in mine})
-    experts = sorted({row["expert"] if row["expert"] is not None else -1 for row in mine})
-    shares = [row["share"] for row in mine]
-    low, high = min(shares), max(shares)
+def by_loss(rows: Sequence[Row]) -> list[Row]:
+    """From the one that loses most; without those that a budget leaves whole, unless there are no others."""
+    reduced, measured = [row for row in rows if row["rank"] < row["of"]] or rows, measured_in(rows)
+    return sorted(reduced, key=lambda row: -(lost(row, row["norm"], measured) or 0.0))
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """Short enough for a heading: a tensor's name is as wide as a drawing."""
+    expert = "" if row["expert"] is None else f", expert {row['expert']}"
+    return f"layer {row['layer']}{expert}, {row['target']}"
+
+
+# --- losses ---
+
+
+def measured_in(rows: Sequence[Row]) -> str:
+    """What losses are told of: the output's energy where a text gave it."""
+    return OUTPUT if any(row["layer_error"] is not None for row in rows) else WEIGHTS
+
+
+def lost(row: Row, best: str, measured: str) -> float | None:
+    """Share of the energy that the kept rank loses, best in either norm; None where that is not known."""
+    if best != row["norm"]:
+        return lost_at(row, best, measured, row["rank"])
+    if measured == WEIGHTS:
+        return max(0.0, 1.0 - float(row["energy"]))
+    return None if row["layer_error"] is None else float(row["layer_error"])
+
+
+def lost_at(row: Row, best: str, measured: str, rank: int) -> float | None:
+    """As `lost`, of any rank, read off the curve: between two of its points along a straight line on a log scale."""
+    curve, ranks = row["curves"].get(best, {}).get(measured), row["curves"]["ranks"]
+    if curve is None:
+        return None
+    after = bisect_left(ranks, rank)
+    if ranks[after] == rank:
+        return float(curve[after])
+    high, low = float(curve[after - 1]), float(curve[after])
+    part = (rank - ranks[after - 1]) / (ranks[after] - ranks[after - 1])
+    return float(high ** (1 - part) * low**part) if low > 0 else high * (1 - part)
+
+
+def by_target(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the kept ranks lose, a card for each target, with a bar for either norm as far as it is known."""
+    measured, cards = measured_in(rows), []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        mine = [row for row in rows if row["target"] == target]
+        ranks = sorted(row["rank"] for row in mine if row["rank"] < row["of"])
+        cards.append({
+            "target": target, "matrices": len(mine), "of": mine[0]["of"], "whole": len(mine) - len(ranks),
+            "ranks": ranks and (f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"),
+            "bars": [bar for best in (OUTPUT, WEIGHTS) if (bar := _bar(mine, best, measured))],
+            "weights_lost": sum(1.0 - row["energy"] for row in mine) / len(mine),
+            "starved": sum(bool(row["starved"]) for row in mine),
+            "unseen": sum(row["layer_error"] is None for row in mine) if measured == OUTPUT else 0,
+        })  # fmt: skip
+    bars = [bar for card in cards for bar in card["bars"]]
+    most = max([_LEAST, *(bar["mean"] for bar in bars)])
+    for bar in bars:
+        bar["width"] = round(100 * bar["mean"] / most, 2)
+    return cards
+
+
+def _bar(rows: Sequence[Row], best: str, measured: str) -> dict[str, Any] | None:
+    known = [(share, row) for row in rows if (share := lost(row, best, measured)) is not None]
+    worst, where = max(known, key=lambda pair: pair[0], default=(0.0, None))
+    if where is None:
+        return None
+    return {"best": best, "mean": sum(share for share, _ in known) / len(known), "worst": worst, "where": where}
+
+
+def rank_choices(rows: Sequence[Row]) -> dict[str, Any]:
+    """What each rule would keep, in either norm, a column each; its size as factors, and what it loses on average."""
+    every = ((norm, rule) for row in rows for norm, ranks in row["choices"].items() for rule in ranks)
+    columns = list(dict.fromkeys(every))
+    columns.sort(key=lambda column: column[0] == OUTPUT)
+    measured, sizes, losses = measured_in(rows), [], []
+    for norm, rule in columns:
+        know = [(row, ranks[rule]) for row in rows if rule in (ranks := row["choices"].get(norm, {}))]
+        whole = sum(row["shape"][0] * row["shape"][1] for row, _ in know)
+        sizes.append(sum(_kept_numbers({**row, "rank": rank}) for row, rank in know) / whole)
+        shares = [share for row, rank in know if (share := lost_at(row, norm, measured, rank)) is not None]
+        losses.append(sum(shares) / len(shares) if shares else None)
+    kept = [share for row in rows if (share := lost(row, row["norm"], measured)) is not None]
+    return {
+        "columns": columns, "norms": Counter(norm for norm, _ in columns), "sizes": sizes, "losses": losses,
+        "kept_loss": sum(kept) / len(kept) if kept else None,
+        "lines": [(row, [row["choices"].get(norm, {}).get(rule) for norm, rule in columns]) for row in rows],
+    }  # fmt: skip
+
+
+# --- drawings ---
+
+
+def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each target, the share of the rank that is kept, where it differs, and the loss, as far as it is drawn."""
+    measured, maps = measured_in(rows), []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        mine = [row for row in rows if row["target"] == target]
+        losses = [share if (share := lost(row, row["norm"], measured) or 0.0) >= _LEAST else None for row in mine]
+        if len({row["share"] for row in rows}) > 1:
+            maps.append(heat_map([(row, row["share"]) for row in mine]))
+        if any(losses):
+            maps.append(heat_map(list(zip(mine, losses, strict=True)), of_loss=True))
+    return maps
+
+
+def heat_map(found: Sequence[tuple[Row, float | None]], *, of_loss: bool = False) -> dict[str, Any]:
+    """Layers by experts, coloured from the least to the most among them; losses on a log scale."""
+    layers = sorted({row["layer"] for row, _ in found})
+    experts = sorted({row["expert"] if row["expert"] is not None else -1 for row, _ in found})
     line_of = {expert: _CELL * i for i, expert in enumerate(experts)}
+    shares = [share for _, share in found if share is not None]
+    height = math.log if of_loss else float
+    bottom, top = height(min(shares)), height(max(shares))
+    # what hardly differs shall not look as if it did: the colours span a factor of 3, or 5 points of rank
+    span = max(top - bottom, math.log(3) if of_loss else 0.05)
+    bottom = (bottom + top - span) / 2
     cells = [
         {"x": 30 + _CELL * layers.index(row["layer"]), "y": line_of[-1 if row["expert"] is None else row["expert"]],
-         "strength": round((row["share"] - low) / (high - low), 3) if high > low else 0.5,
-         "title": f"{row['tensor']}: rank {row['rank']} of {row['of']}, {_percent(row['energy'])} of the energy"}
-        for row in mine
+         "strength": None if share is None else round((height(share) - bottom) / span, 3), "row": row}
+        for row, share in found
     ]  # fmt: skip
     return {
-        "target": target, "cells": cells, "size": _CELL - 2, "low": low, "high": high,
-        "width": 30 + _CELL * len(layers), "height": _CELL * len(experts) + 16,
+        "target": found[0][0]["target"], "kind": "loss" if of_loss else "rank", "cells": cells, "size": _CELL - 2,
+        "low": min(shares), "high": max(shares), "width": 30 + _CELL * len(layers), "height": _CELL * len(experts) + 16,
         "columns": [{"x": 30 + _CELL * i + 10, "text": layer} for i, layer in enumerate(layers)],
         "lines": [{"y": y + 14, "text": "" if expert < 0 else f"e{expert}"} for expert, y in line_of.items()],
     }  # fmt: skip
@@ -207,51 +321,65 @@ def draw(row: Row) -> dict[str, Any]:
          "height": round(scale * n, 1), "title": f"{n} values from {high * i / len(counts):.4g} on"}
         for i, n in enumerate(counts) if n
     ]  # fmt: skip
-    marks = [
-        {"x": round(_WIDTH * row[name] / high, 1), "text": text, "value": row[name]}
-        for name, text in _MARKS if row[name] is not None and 0 < row[name] <= high
-    ]  # fmt: skip
-    marks.sort(key=lambda mark: mark["x"])
-    for number, mark in enumerate(marks):
-        mark["y"] = 9 + 10 * (number % 4)
-        mark["anchor"] = "end" if mark["x"] > 0.6 * _WIDTH else "start"
-        mark["label_x"] = mark["x"] + (-3 if mark["anchor"] == "end" else 3)
     return {
-        "row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "bars": bars, "marks": marks, "high": high,
-        "law": " ".join(points) if law.any() else "", "beyond": bins["largest"] > high * (1 + 1e-9),
+        "row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "bars": bars, "marks": _marks(row, high),
+        "high": high, "law": " ".join(points) if law.any() else "", "beyond": bins["largest"] > high * (1 + 1e-9),
     }  # fmt: skip
 
 
-_LINES = (("weights", "weights"), ("weights", "output"), ("output", "output"))  # best in, measured in
-_DECADES = 5  # of error that are drawn
+def _marks(row: Row, high: float) -> list[dict[str, Any]]:
+    """Thresholds from left to right, each label in a line of its own: the line of a mark begins at its label."""
+    texts = {kind: text for _, kind, text in _MARKS}
+    if row["norm"] == OUTPUT:  # other directions are kept than these values have
+        texts["kept"] = f"value {row['rank']}"
+    marks: list[dict[str, Any]] = [
+        {"x": round(_WIDTH * row[name] / high, 1), "kind": kind, "text": texts[kind]} for name, kind, _ in _MARKS
+        if row[name] is not None and 0 < row[name] <= high and (kind != "kept" or row["rank"] < row["of"])
+    ]  # fmt: skip
+    ends = 0.6 * _WIDTH  # from here on, labels end at their line; none crosses the line of the next one
+    marks.sort(key=lambda mark: (mark["x"] > ends, -mark["x"] if mark["x"] > ends else mark["x"]))
+    for number, mark in enumerate(marks):
+        anchor, shift = ("end", -3) if mark["x"] > ends else ("start", 3)
+        mark |= {"y": 12 + 15 * number, "anchor": anchor, "label_x": mark["x"] + shift}
+    return marks
+
+
+_LINES = ((WEIGHTS, WEIGHTS), (WEIGHTS, OUTPUT), (OUTPUT, OUTPUT))  # best in, measured in
+_POINTS = 128  # of a curve, about
+_AXIS, _TOP = 64, 8  # left of a curve and above it
 
 
 def draw_curves(row: Row) -> dict[str, Any]:
     """What each rank loses, on a log scale: of the weights' energy and of the output's, best in either norm."""
     curves, floor = row["curves"], _HEIGHT - _FOOT
-    ranks = curves["ranks"]
-
-    def place(rank: int, share: float) -> str:
-        down = min(_DECADES, -math.log10(max(share, 10.0**-_DECADES)))
-        return f"{_WIDTH * rank / row['of']:.1f},{floor * down / _DECADES:.1f}"
-
     lines = [
-        {"best": best, "measured": measured,
-         "points": " ".join(place(*pair) for pair in zip(ranks, curves[best][measured], strict=True))}
+        {"kind": f"{best}-{measured}", "path": _path(curves["ranks"], curves[best][measured], floor)}
         for best, measured in _LINES if measured in curves.get(best, {})
     ]  # fmt: skip
-    grid = [{"y": round(floor * i / _DECADES, 1), "text": f"{10.0**-i:g}"} for i in range(1, _DECADES)]
-    x = round(_WIDTH * row["rank"] / row["of"], 1)
-    return {"row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "lines": lines, "grid": grid, "x": x}
+    step = (floor - _TOP) / _DECADES
+    grid = [{"y": round(_TOP + step * i, 1), "text": f"{100 * 10.0**-i:g} %"} for i in range(_DECADES + 1)]
+    x = round(_AXIS + (_WIDTH - _AXIS) * row["rank"] / row["of"], 1)
+    at = {"start": x < _AXIS + 40, "end": x > _WIDTH - 66}  # its label would lie over that end's
+    return {
+        "row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "left": _AXIS, "top": _TOP, "lines": lines,
+        "grid": grid, "x": x, "at": at, "lost": lost(row, row["norm"], OUTPUT),
+        "lost_otherwise": lost(row, WEIGHTS, OUTPUT) if row["norm"] == OUTPUT else None,
+    }  # fmt: skip
 
 
-def rank_choices(rows: Sequence[Row]) -> dict[str, Any]:
-    """What each rule would keep, in either norm: a column each, in the order of the first row that knows it."""
-    every = ((norm, rule) for row in rows for norm, ranks in row["choices"].items() for rule in ranks)
-    columns = list(dict.fromkeys(every))
-    columns.sort(key=lambda column: column[0] == OUTPUT)
-    lines = [(row["tensor"], [row["choices"].get(norm, {}).get(rule) for norm, rule in columns]) for row in rows]
-    return {"columns": columns, "lines": lines}
+def _path(ranks: Sequence[int], curve: Sequence[float], floor: float) -> str:
+    """Down to the last decade that is drawn: along the floor it would look as if the loss stayed there."""
+    width, points = _WIDTH - _AXIS, list[tuple[float, float]]()
+    chosen = sorted({*range(0, len(ranks), max(1, len(ranks) // _POINTS)), len(ranks) - 1})
+    for i in chosen:
+        down = -math.log10(max(curve[i], 10.0 ** (-2 * _DECADES)))
+        x, y = _AXIS + width * ranks[i] / ranks[-1], _TOP + (floor - _TOP) * down / _DECADES
+        if y > floor:
+            before_x, before_y = points[-1] if points else (x, 0.0)
+            points.append((before_x + (x - before_x) * (floor - before_y) / (y - before_y), floor))
+            break
+        points.append((x, y))
+    return "M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _significant(value: float | None, digits: int = 4) -> str:
@@ -262,3 +390,10 @@ def _significant(value: float | None, digits: int = 4) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def loss(value: float | None) -> str:
+    """A share as percent to three digits: losses differ by decades, and 0 % is none at all."""
+    if value is not None and 0 < value < _LEAST:
+        return f"< {100 * _LEAST:g} %"
+    return "–" if value is None else f"{100 * value:.3g} %"

@@ -59,6 +59,8 @@ def plan_laser(
     slots = select(source.config, options)
     if known is not None:
         slots = [slot for slot in slots if slot in known.ranks]
+    if calibration is not None:
+        calibration.slots = tuple(slots)  # what stays whole is not looked at again
     edit = Edit(Worker(source, method, device or torch.device("cpu"), calibration), options, known)
     if isinstance(calibration, Sequential):
         calibration.reduce = lambda slot: edit.result(slot).dense

@@ -57,6 +57,11 @@ class Options:
         """Of a layer's bytes, under a budget."""
         return (self.budget or 0.0) / 2 if self.layer_floor is None else self.layer_floor
 
+    def survey_document(self) -> dict[str, Any]:
+        """What decides the spectra: another budget or floor, or storing factors or not, asks for no other look."""
+        free = ("budget", "layer_floor", "sequential", "factored")
+        return {name: value for name, value in self.document().items() if name not in free}
+
     def document(self) -> dict[str, Any]:
         """What decides the weights, for journal, manifest and report."""
         found: dict[str, Any] = {name: getattr(self, name) for name in _ALWAYS}

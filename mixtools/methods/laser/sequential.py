@@ -36,6 +36,10 @@ class Sequential(Calibration):
         if slot not in self._edits:
             self._edits[slot] = self._shelf.put(weight)
 
+    def close(self) -> None:
+        super().close()
+        self._shelf.close()
+
     def _advance(self, index: int) -> Moments:
         if self._states is None or self._states.layer > index:
             self._states = self.stream.embed(self.text.sequences)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from ...errors import UsageError
 from ...layouts.checkpoint import Checkpoint
-from ...linalg.spectrum import Spectrum
 from ...names import Slot
 from ...progress import Progress, Silent
 from .budget import Matrix, distribute, stored_bytes
 from .method import report_of
 from .worker import Row, Worker, located
+
+Found = TypeVar("Found")
 
 
 class Survey(NamedTuple):
@@ -26,48 +30,75 @@ class Survey(NamedTuple):
     told: Mapping[str, Any] = {}
 
 
-def survey(worker: Worker, slots: Sequence[Slot], progress: Progress | None = None) -> Survey:
+class Kept(Protocol):
+    """What an earlier, killed run found, and where this one's go (storage/findings.py)."""
+
+    @property
+    def found(self) -> Mapping[str, Any]: ...
+
+    def keep(self, name: str, found: Any) -> None: ...
+
+
+class Noted:
+    """In memory alone."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def keep(self, name: str, found: Any) -> None:
+        self.found[name] = found
+
+
+def survey(worker: Worker, slots: Sequence[Slot], progress: Progress | None = None, kept: Kept | None = None) -> Survey:
     """Rank and row of each slot, nothing rebuilt. Raises as Worker.analyse and the rule do."""
-    progress = progress or Silent()
-    progress.start("spectra", len(slots), "matrices")
-    ranks, rows = {}, {}
-    for slot in slots:
-        report = worker.scan(slot)
-        ranks[slot], rows[slot] = report.rank, worker.row(slot, report)
-        progress.advance(1)
-    progress.finish()
-    return Survey(ranks, rows)
+
+    def look(slot: Slot) -> Row:
+        return worker.row(slot, worker.scan(slot))
+
+    rows = dict(_each(slots, look, progress, kept))
+    return Survey({slot: int(row["rank"]) for slot, row in rows.items()}, rows)
 
 
-def rank_survey(worker: Worker, slots: Sequence[Slot], progress: Progress | None = None) -> Survey:
+def rank_survey(
+    worker: Worker, slots: Sequence[Slot], progress: Progress | None = None, kept: Kept | None = None
+) -> Survey:
     """Ranks by the rule, from values alone; rows come when the matrices do. Raises as `survey`."""
-    ranks: dict[Slot, int] = {}
-    for slot, found in _spectra(worker, slots, progress):
+
+    def look(slot: Slot) -> int:
+        found = worker.spectrum(slot)
         with located(worker.source, slot):
-            ranks[slot] = report_of(found, worker.method).rank
-    return Survey(ranks, {})
+            return report_of(found, worker.method).rank
+
+    return Survey(dict(_each(slots, look, progress, kept)), {})
 
 
 def budget_survey(
-    worker: Worker, slots: Sequence[Slot], share: float, floor: float, progress: Progress | None = None
-) -> Survey:
-    """Ranks that share a budget (budget.py); what stays whole has a row, the others get theirs when they are made.
+    worker: Worker, slots: Sequence[Slot], shares: tuple[float, float], progress: Progress | None = None,
+    kept: Kept | None = None,
+) -> Survey:  # fmt: skip
+    """Ranks that share a budget, of `shares` in all and of each layer at least (budget.py).
+
+    What stays whole has a row, the others get theirs when they are made.
 
     An error is a share of what the matrix holds: of its output's energy, damped, or of ‖W‖², by the norm. Raises
     UsageError for a budget that cannot be, and as `survey`.
     """
-    spectra = dict(_spectra(worker, slots, progress))
-    matrices = {
-        slot: Matrix(found.tail, found.shape, worker.source.spec(slot).dtype.itemsize, int(slot.layer or 0))
-        for slot, found in spectra.items()
-    }
-    ranks = distribute(matrices, share, floor)
-    rows = {
-        slot: worker.row(slot, report_of(spectra[slot], worker.method, min(matrices[slot].shape)))
-        for slot, rank in ranks.items() if rank is None
-    }  # fmt: skip
+
+    def look(slot: Slot) -> Row:
+        found = worker.spectrum(slot)
+        row = worker.row(slot, report_of(found, worker.method, len(found.values)))
+        return {"row": row, "lost": base64.b64encode(found.tail.tobytes()).decode()}
+
+    found = dict(_each(slots, look, progress, kept))
+    matrices = {}
+    for slot in slots:
+        (rows, cols), dtype = worker.source.spec(slot)
+        lost = np.frombuffer(base64.b64decode(found[slot]["lost"]))
+        matrices[slot] = Matrix(lost, (rows, cols), dtype.itemsize, int(slot.layer or 0))
+    ranks = distribute(matrices, *shares)
+    whole = {slot: found[slot]["row"] for slot, rank in ranks.items() if rank is None}
     told = {"budget": told_budget(matrices, ranks)}
-    return Survey({slot: rank for slot, rank in ranks.items() if rank is not None}, rows, told)
+    return Survey({slot: rank for slot, rank in ranks.items() if rank is not None}, whole, told)
 
 
 def told_budget(matrices: Mapping[Slot, Matrix], ranks: Mapping[Slot, int | None]) -> dict[str, Any]:
@@ -103,10 +134,15 @@ def check_rank(source: Checkpoint, slot: Slot, rank: int) -> None:
         raise UsageError(message, tensor=slot)
 
 
-def _spectra(worker: Worker, slots: Sequence[Slot], progress: Progress | None) -> Iterator[tuple[Slot, Spectrum]]:
-    progress = progress or Silent()
+def _each(
+    slots: Sequence[Slot], look: Callable[[Slot], Found], progress: Progress | None, kept: Kept | None
+) -> Iterator[tuple[Slot, Found]]:
+    """What is seen of each, but for those that an earlier run has seen."""
+    progress, kept = progress or Silent(), kept or Noted()
     progress.start("spectra", len(slots), "matrices")
     for slot in slots:
-        yield slot, worker.spectrum(slot)
+        if str(slot) not in kept.found:
+            kept.keep(str(slot), look(slot))
+        yield slot, kept.found[str(slot)]
         progress.advance(1)
     progress.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ...layouts.checkpoint import Checkpoint
     from ...names import Slot
     from .selection import Options
+    from .survey import Survey
 
 ALL_TARGETS = "w1,w2,w3,q,k,v,o"
 NORMS = "weights|output"
@@ -56,6 +58,14 @@ class Machine(NamedTuple):
     max_memory: int | None
     jobs: int
     progress: Progress
+
+
+class Asked(NamedTuple):
+    """Which matrices, and what becomes of them."""
+
+    source: Checkpoint
+    slots: list[Slot]
+    options: Options
 
 
 class Texts(NamedTuple):
@@ -106,6 +116,7 @@ def laser(
     one layer and its moments. Raises UsageError for options or ranks that cannot be, SpectrumError for a matrix with
     NaN, QuantizedError, MemoryBudgetError, and the errors of reading the source and writing the output.
     """
+    began = time.monotonic()
     check_device(device)
     shard = parse_size(max_shard_size, "max_shard_size")
     expect_consistent(
@@ -126,6 +137,7 @@ def laser(
     if not dry_run:
         expect_free(Path(out), overwrite)
     texts = Texts(_path(text), _path(held_out), samples, seq_len)
+    how = Run(overwrite, resume, threads, machine.progress)
     notes: list[str] = []
     if search and not dry_run:
         job = _search_job(checkpoint, options, (search, margin, rank_rule), texts, machine)
@@ -135,8 +147,10 @@ def laser(
             calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
         if dry_run:
             return _forecast(checkpoint, slots, options, threads, rebuild=True, calibration=calibration, search=search)
-        job = _job(checkpoint, slots, options, calibration, machine)
-    return _carry_out(job, Path(out), Run(overwrite, resume, threads, machine.progress), notes)
+        with closing(calibration) if calibration else nullcontext():
+            job = _job(Asked(checkpoint, slots, options), calibration, machine, Path(out), how)
+            return _carry_out(job, Path(out), how, notes, began)
+    return _carry_out(job, Path(out), how, notes, began)
 
 
 def spectrum(
@@ -162,7 +176,7 @@ def spectrum(
     """
     check_device(device)
     from . import report as pages
-    from . import survey as surveys
+    from . import survey
     from .selection import Options
     from .worker import Worker
 
@@ -180,10 +194,10 @@ def spectrum(
     if dry_run:
         return _forecast(checkpoint, slots, options, 1, rebuild=False, calibration=calibration)
     if (rank := options.method.fixed_rank) is not None:
-        surveys.fixed_survey(checkpoint, slots, rank)
+        survey.fixed_survey(checkpoint, slots, rank)
     began = time.monotonic()
     worker = Worker(checkpoint, options.method, find_device(device), calibration)
-    rows = surveys.survey(worker, slots, machine.progress).rows
+    rows = survey.survey(worker, slots, machine.progress).rows
     report = pages.document(checkpoint.layout.name, {"laser": options.document(), **record}, list(rows.values()))
     if folder is not None:
         _write(folder, pages.documents(report))
@@ -197,28 +211,45 @@ def _path(name: str | Path | None) -> Path | None:
 # --- the job ---
 
 
-def _job(
-    source: Checkpoint, slots: list[Slot], options: Options, calibration: Calibration | None, machine: Machine
-) -> Job:
+def _job(asked: Asked, calibration: Calibration | None, machine: Machine, folder: Path, how: Run) -> Job:
     """Ranks that can be told before anything is written are: too high a one, those of factors, and of a budget."""
     from . import run as engine
-    from . import survey as surveys
-    from .worker import Worker
+    from . import survey
 
-    known = None
-    method = options.method
+    source, slots, options = asked
     record = {"calibration": calibration.text.record} if calibration else {}
     device = find_device(machine.device)
-    worker = Worker(source, method, device, calibration)
-    if options.budget is not None:
-        known = surveys.budget_survey(worker, slots, options.budget, options.floor, machine.progress)
-    elif (rank := method.fixed_rank) is not None:
-        known = surveys.fixed_survey(source, slots, rank)
-    elif options.factored and method.norm == OUTPUT:
-        known = surveys.rank_survey(worker, slots, machine.progress)
-    elif options.factored:
-        known, calibration = surveys.survey(worker, slots, machine.progress), None
+    known = None
+    if options.is_surveyed:
+        known = _surveyed(asked, calibration, machine, folder, how)
+    elif (rank := options.method.fixed_rank) is not None:
+        known = survey.fixed_survey(source, slots, rank)
+    if known is not None and known.rows.keys() >= known.ranks.keys():
+        calibration = None  # there is nothing more to find
     return engine.plan_laser(source, options, known=known, calibration=calibration, device=device, record=record)
+
+
+def _surveyed(asked: Asked, calibration: Calibration | None, machine: Machine, folder: Path, how: Run) -> Survey:
+    """What is found goes into the output's work folder, so that a killed run need not look again."""
+    from ...inference.calibrate import Calibration
+    from ...storage.findings import Findings
+    from ...version import __version__
+    from . import survey
+    from .worker import Worker
+
+    source, slots, options = asked
+    text, given = None, None
+    if calibration:  # of the model as it is, also where the output is made in sequence
+        text = calibration.text.record
+        given = Calibration(calibration.stream, calibration.text, slots, calibration.routed)
+    worker = Worker(source, options.method, find_device(machine.device), given)
+    files = [file.fingerprint() for file in source.store.sources]
+    key = {"mixtools": __version__, "laser": options.survey_document(), "calibration": text, "source": files}
+    with Findings(folder, key, overwrite=how.overwrite, resume=how.resume) as kept:
+        if options.budget is not None:
+            return survey.budget_survey(worker, slots, (options.budget, options.floor), machine.progress, kept)
+        looks = survey.rank_survey if options.norm == OUTPUT else survey.survey
+        return looks(worker, slots, machine.progress, kept)
 
 
 def _search_job(
@@ -255,11 +286,10 @@ def _search_job(
     )  # fmt: skip
 
 
-def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str]) -> Reduced:
+def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str], began: float) -> Reduced:
     from ...job import run
     from . import run as engine
 
-    began = time.monotonic()
     done = run(job, out, how)
     done |= {"seconds": round(time.monotonic() - began, 3), "peak_memory_bytes": peak_memory()}
     return Reduced(out, job.inputs.folder, engine.read_report(out), done, (*job.notes, *notes))

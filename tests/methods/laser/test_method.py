@@ -248,9 +248,9 @@ def test_activation_keeps_the_least_that_meets_its_share(shape: tuple[int, int],
     assert 0 < rank < 50
     assert lost(rank) <= share < lost(rank - 1)
     assert result.report.layer_error == pytest.approx(lost(rank), rel=1e-6)
-    assert result.report.layer_errors is not None
-    assert result.report.layer_errors[0] == 1.0
-    assert result.report.layer_errors[rank - 1] == pytest.approx(lost(rank - 1), rel=1e-6)
+    curve = result.report.curves.lost["weights"]["output"]  # of 51 ranks all
+    assert curve[0] == 1.0
+    assert curve[rank - 1] == pytest.approx(lost(rank - 1), rel=1e-6)
 
 
 def test_a_covariance_is_reported_whatever_the_rule() -> None:
@@ -281,8 +281,8 @@ def test_an_analysis_gives_what_encode_gives() -> None:
         direct = laser.encode(weight, options)
         assert torch.equal(dense(analysis.dense(rank)), dense(direct))
         assert analysis.report(rank).document() == direct.report.document()
-        scanned = laser.scan(weight, options).document(curves=False)
-        for name, value in direct.report.document(curves=False).items():
+        scanned = laser.scan(weight, options).document(spectra=False)
+        for name, value in direct.report.document(spectra=False).items():
             assert scanned[name] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
@@ -316,7 +316,7 @@ def test_the_document_is_complete() -> None:
     assert document["gavish_donoho"] > document["edge"] > 0
     assert document["sigma"] == pytest.approx(0.02, rel=0.2)
     assert document["layer_error"] is None
-    assert "spectrum" not in report.document(curves=False)
+    assert "spectrum" not in report.document(spectra=False)
 
 
 # --- bad input ---

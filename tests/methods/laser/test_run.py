@@ -21,10 +21,12 @@ from mixtools.inference import calibrate
 from mixtools.inference.stream import Stream
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
-from mixtools.methods.laser import method
+from mixtools.methods.laser import method, selection
 from mixtools.methods.laser import run as laser
 from mixtools.methods.laser.search import SearchOptions
 from mixtools.methods.laser.search import run as laser_search
+from mixtools.methods.laser.survey import survey
+from mixtools.methods.laser.worker import Worker
 from mixtools.names import Role, Slot
 from mixtools.storage import output as storage_output
 from mixtools.storage.dtypes import DType
@@ -43,8 +45,8 @@ def nano() -> Checkpoint:
 
 def reduce(source: Checkpoint, out: Path, options: laser.Options, **how: Any) -> dict[str, Any]:
     """As the command does, without a calibration. Returns the report."""
-    worker = laser.Worker(source, options.method, torch.device("cpu"), None)
-    known = laser.survey(worker, laser.select(source.config, options)) if options.factored else None
+    worker = Worker(source, options.method, torch.device("cpu"), None)
+    known = survey(worker, laser.select(source.config, options)) if options.factored else None
     job.run(laser.plan_laser(source, options, known=known), out, job.Run(**how))
     return laser.read_report(out)
 
@@ -281,7 +283,7 @@ def test_the_report_tells_what_scipy_finds(tmp_path: Path, nano: Checkpoint) -> 
     options = laser.Options("1", "w2,k", "3", "energy=0.7")
     report = reduce(nano, tmp_path / "out", options)
     assert report["laser"] == {"layers": "1", "targets": "w2,k", "experts": "3", "rank_rule": "energy=0.7",
-                               "factored": False, "exact": False}  # fmt: skip
+                               "factored": False, "exact": False, "norm": "weights"}  # fmt: skip
     for row, slot in zip(report["matrices"], laser.select(nano.config, options), strict=True):
         weight = nano.read(slot).double().numpy()
         s = scipy.linalg.svdvals(weight)
@@ -314,8 +316,8 @@ def test_the_three_files_tell_the_same(tmp_path: Path, nano: Checkpoint) -> None
     for line, row in zip(lines, report["matrices"], strict=True):
         assert line["tensor"] == row["tensor"] and int(line["rank"]) == row["rank"]
         assert float(line["energy"]) == row["energy"]
-        assert page.count(f"<code>{row['tensor']}</code></td>") == 1
-    assert page.count("<polyline") == 12  # of many matrices, some are drawn
+        assert page.count(f"<code>{row['tensor']}</code></td>") == 2  # ranks by rule, and every figure
+    assert page.count('<polyline class="law"') == 12  # of many matrices, some are drawn
     assert "http" not in page.replace("http-equiv", "")
     document = json.loads((tmp_path / "out" / "mixtools.json").read_text())
     assert document["laser"] == report["laser"]
@@ -366,8 +368,8 @@ def test_options_that_cannot_be(tmp_path: Path, nano: Checkpoint, change: dict[s
 
 
 def test_numbers_of_layers() -> None:
-    assert laser.parse_numbers("all", 3, "layers") == {0, 1, 2}
-    assert laser.parse_numbers(" 3, 7,20-22 ", 32, "layers") == {3, 7, 20, 21, 22}
+    assert selection.parse_numbers("all", 3, "layers") == {0, 1, 2}
+    assert selection.parse_numbers(" 3, 7,20-22 ", 32, "layers") == {3, 7, 20, 21, 22}
 
 
 @pytest.mark.parametrize("factored", [False, True])
@@ -412,12 +414,12 @@ class _Inputs:
 
 
 def test_layer_errors_are_those_of_the_outputs(nano: Checkpoint, text: calibrate.Text) -> None:
-    slots = [slot for slot in nano.slots() if slot.role.value in laser.TARGETS and slot.expert in (None, 2)]
+    slots = [slot for slot in nano.slots() if slot.role.value in selection.TARGETS and slot.expert in (None, 2)]
     inputs = _Inputs(slots)
     stream = Stream(nano, dtype=torch.float32)
     stream.hidden(text.sequences, observer=inputs)
     calibration = calibrate.Calibration(stream, text, slots)
-    worker = laser.Worker(nano, method.Options.parse("rank=30"), torch.device("cpu"), calibration)
+    worker = Worker(nano, method.Options.parse("rank=30"), torch.device("cpu"), calibration)
     for slot in slots:
         weight, x = nano.read(slot).double(), torch.cat(inputs.kept[slot])
         report = worker.scan(slot)
@@ -452,7 +454,7 @@ def test_activation_keeps_the_smallest_rank_that_is_good_enough(
 
 def test_an_expert_that_no_token_reached_stays_whole(nano: Checkpoint, text: calibrate.Text) -> None:
     calibration = calibrate.Calibration(Stream(nano, dtype=torch.float32), text, [W2])
-    worker = laser.Worker(nano, method.Options.parse("activation=0.5"), torch.device("cpu"), calibration)
+    worker = Worker(nano, method.Options.parse("activation=0.5"), torch.device("cpu"), calibration)
     analysis = worker.analyse(W2)
     assert worker.rank(W2, analysis) < 256
     calibration.tokens[W2] = 0

@@ -25,7 +25,7 @@ class SearchOptions:
     """How to search.
 
     method: `gain`, or `laserrmt` for LaserRMT's published way. Of `gain` alone: norm, damping and routed, as of
-    `mixtools laser`; rank_rules, whose ranks are tried (empty: those of the norm); max_error, the largest share of the
+    `mixtools laser`; rank_rules, whose ranks are tried (None: those of the norm); max_error, the largest share of the
     layer's output energy that a rank may lose and still be evaluated; margin, how many standard errors the text must
     gain before an edit stays (by chance one edit in 6 without any effect passes at 1, one in 44 at 2, one in 740 at
     3); min_tokens, below which a matrix is starved: too few tokens reach it to judge an edit. Of `laserrmt` alone:
@@ -34,7 +34,7 @@ class SearchOptions:
     """
 
     method: str = "gain"
-    rank_rules: tuple[str, ...] = ()
+    rank_rules: tuple[str, ...] | None = None
     max_error: float = 0.3
     margin: float = 2.0
     min_tokens: int = 100
@@ -48,8 +48,11 @@ class SearchOptions:
         """Raises UsageError for what cannot be."""
         if self.method not in METHODS:
             raise UsageError(f"search {self.method!r} is not one of {', '.join(METHODS)}")
+        self.analysis()
         if self.norm == OUTPUT and self.method != "gain":
             raise UsageError("--search laserrmt is LaserRMT's way, in the weights' norm: leave out --norm output")
+        if not self.rules:
+            raise UsageError("a search needs at least one rank rule")
         for rule in self.rules:
             self.analysis(rule)
         if not 0.0 < self.max_error <= 1.0:
@@ -62,7 +65,7 @@ class SearchOptions:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return self.rank_rules or _RULES.get(self.norm, _RULES[WEIGHTS])
+        return _RULES.get(self.norm, ()) if self.rank_rules is None else self.rank_rules
 
     def analysis(self, rule: str = "activation=0.1") -> Options:
         """How one matrix is decomposed. Raises UsageError for a norm, a damping or a rule that cannot be."""
