@@ -76,10 +76,10 @@ class Verb:
 
     @property
     def help(self) -> str:
-        """The first paragraph of the docstring, and the example of the command line."""
+        """The docstring up to its last example of the command line: what follows is for callers in Python."""
         paragraphs = inspect.cleandoc(self.function.__doc__ or "").split("\n\n")
-        example = [paragraph for paragraph in paragraphs[1:] if paragraph.startswith("Example:")]
-        return "\n\n".join([paragraphs[0], *example])
+        examples = [number for number, paragraph in enumerate(paragraphs) if paragraph.startswith("Example:")]
+        return "\n\n".join(paragraphs[: max(examples, default=0) + 1])
 
 
 class Result:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import TensorError
 from . import eigen
-from .gram import gram, long_blocks, resolution
+from .gram import gram, resolution
 from .output import Covariance, check_covariance, quadratic
 from .spectrum import FloatArray, Spectrum, check, roots, rounding_norm, shares_lost
 
@@ -90,17 +90,8 @@ class Weighted(WeightedSpectrum):
 
         A = U and B = Uᵀ W, so that nothing is inverted. Directions whose value is below `floor` come out as zeros.
         """
-        U = self._side.left(self._directions(0, rank), self.values[:rank], self.floor)  # [m, rank] fp64
-        rows, cols = self.shape
-        there = torch.zeros(rank, cols, dtype=torch.float64, device=U.device)
-        for index in long_blocks(self.weight):
-            block = self.weight[index].to(U.device).double()
-            if rows <= cols:
-                there[:, index[1]] = U.T @ block
-            else:
-                there += U[index[0]].T @ block
-        dtype, device = self.weight.dtype, self.weight.device
-        return U.to(dtype).to(device), there.to(dtype).to(device)
+        scale = np.where(self.values > self.floor, self.values, np.inf)[:rank]
+        return self._side.factors(self._directions(0, rank), scale)
 
     def _fewer(self, rank: int) -> tuple[bool, _Directions]:
         """Whether the kept directions are fewer than those that go; and the fewer."""
@@ -167,8 +158,11 @@ class _Side:
         """What of a block of the weight lies in these directions."""
         raise NotImplementedError
 
-    def left(self, found: _Directions, values: FloatArray, floor: float) -> Tensor:
-        """The directions on the output's side: U [m, k] fp64."""
+    def factors(self, found: _Directions, scale: FloatArray) -> tuple[Tensor, Tensor]:
+        """U [m, k], which spans the directions at the output, and Uᵀ W, in the weight's dtype.
+
+        `scale` [k]: the directions' values, inf for those that are lost in rounding.
+        """
         raise NotImplementedError
 
     def blocks(self) -> list[tuple[slice, slice]]:
@@ -203,8 +197,13 @@ class _Outputs(_Side):
     def part(self, block: Tensor, found: _Directions) -> Tensor:
         return found.basis @ (found.basis.T @ block)
 
-    def left(self, found: _Directions, values: FloatArray, floor: float) -> Tensor:
-        return found.basis
+    def factors(self, found: _Directions, scale: FloatArray) -> tuple[Tensor, Tensor]:
+        basis, weight = found.basis, self.weight
+        there = weight.new_empty(basis.shape[1], weight.shape[1])
+        for index in self.blocks():
+            image = basis.T @ weight[index].to(basis.device).double()
+            there[:, index[1]] = image.to(weight.dtype).to(weight.device)
+        return basis.to(weight.dtype).to(weight.device).contiguous(), there
 
     def blocks(self) -> list[tuple[slice, slice]]:
         return [(slice(None), slice(start, start + _BLOCK)) for start in range(0, self.weight.shape[1], _BLOCK)]
@@ -237,10 +236,17 @@ class _Inputs(_Side):
         assert found.back is not None
         return (block @ found.basis) @ found.back
 
-    def left(self, found: _Directions, values: FloatArray, floor: float) -> Tensor:
-        scale = torch.from_numpy(np.where(values > floor, values, np.inf)).to(found.basis.device)
-        pieces = [self.weight[index].to(found.basis.device).double() @ found.basis for index in self.blocks()]
-        return torch.cat(pieces) / scale
+    def factors(self, found: _Directions, scale: FloatArray) -> tuple[Tensor, Tensor]:
+        basis, weight = found.basis, self.weight
+        basis = basis / torch.from_numpy(scale).to(basis.device)
+        here = weight.new_empty(weight.shape[0], basis.shape[1])
+        there = torch.zeros(basis.shape[1], weight.shape[1], dtype=torch.float64, device=basis.device)
+        for index in self.blocks():
+            block = weight[index].to(basis.device).double()
+            image = block @ basis
+            here[index[0]] = image.to(weight.dtype).to(weight.device)
+            there += image.T @ block
+        return here, there.to(weight.dtype).to(weight.device)
 
     def blocks(self) -> list[tuple[slice, slice]]:
         return [(slice(start, start + _BLOCK), slice(None)) for start in range(0, self.weight.shape[0], _BLOCK)]

@@ -18,6 +18,7 @@ from mixtools.methods.laser.selection import ALL_TARGETS
 DATA = Path(__file__).parent.parent / "data"
 NANO = DATA / "nano-mixtral"
 TEXT = DATA / "text.txt"
+OUTPUT, HELD = ("--norm", "output", "--text", TEXT), ("--held-out", DATA / "prompts.json")
 W2 = ("--layers", "1", "--targets", "w2", "--experts", "3")
 
 
@@ -93,13 +94,20 @@ def test_spectrum_tells_what_laser_would_do(tmp_path: Path, capsys: pytest.Captu
         assert row["energy"] == pytest.approx(other["energy"], rel=1e-9)
 
 
-@pytest.mark.parametrize("more", [(), ("--factored",), ("--text", TEXT, "--seq-len", "64")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (), ("--factored",), ("--text", TEXT, "--seq-len", "64"), ("--budget", "0.7"),
+        (*OUTPUT, "--seq-len", "64", "--budget", "0.7", "--factored"),
+    ],
+)  # fmt: skip
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[object, ...]) -> None:
     found = document(capsys, "laser", NANO, tmp_path / "out", "--layers", "all", "--dry-run", *more)
     assert found["dry_run"] and found["matrices"] == 56
     assert found["targets"] == {"w1": 16, "w2": 16, "w3": 16, "q": 2, "k": 2, "v": 2, "o": 2}
     assert found["seconds"] >= 0 and found["peak_memory_bytes"] > 1e6
     assert ("calibration" in found) == ("--text" in more)
+    assert found.get("calibration_passes") == (None if "--text" not in more else 2 if "--budget" in more else 1)
     document(capsys, "spectrum", NANO, "--layers", "all", "--out", tmp_path / "seen", "--dry-run")
     assert not any(tmp_path.iterdir())
 
@@ -142,6 +150,28 @@ def test_bad_input_is_one_line_and_a_code(tmp_path: Path, capsys: pytest.Capture
             ["laser", NANO, out, *W2, "--search", "laserrmt", "--text", TEXT, "--held-out", TEXT, "--rank-rule", "mp"],
         ),
         (2, "is not one of gain", ["laser", NANO, out, *W2, "--search", "luck", "--text", TEXT, "--held-out", TEXT]),
+        (2, "give it --text", ["laser", NANO, out, *W2, "--norm", "output"]),
+        (2, "give it --text", ["spectrum", NANO, *W2, "--norm", "output"]),
+        (2, "is not one of weights, output", ["laser", NANO, out, *W2, "--norm", "both", "--text", TEXT]),
+        (2, "finds noise in the weights", ["laser", NANO, out, *W2, *OUTPUT, "--rank-rule", "gavish-donoho"]),
+        (2, "rank 256 at most", ["laser", NANO, out, *W2, *OUTPUT, "--rank-rule", "rank=257"]),
+        (2, "leave out --exact", ["laser", NANO, out, *W2, *OUTPUT, "--exact"]),
+        (2, "damping 0 is a share", ["laser", NANO, out, *W2, *OUTPUT, "--damping", "0"]),
+        (2, "damping nan is a share", ["laser", NANO, out, *W2, *OUTPUT, "--damping", "nan"]),
+        (2, "leave out --rank-rule", ["laser", NANO, out, *W2, "--budget", "0.5", "--rank-rule", "mp"]),
+        (2, "leave out --search", ["laser", NANO, out, *W2, "--budget", "0.5", "--search", "gain", *OUTPUT, *HELD]),
+        (2, "--budget 1.5", ["laser", NANO, out, *W2, "--budget", "1.5"]),
+        (2, "--budget nan", ["laser", NANO, out, *W2, "--budget", "nan"]),
+        (2, "--budget 0:", ["laser", NANO, out, *W2, "--budget", "0"]),
+        (2, "too small for a rank of 1", ["laser", NANO, out, *W2, "--budget", "0.001"]),
+        (2, "between 0 and the budget, 0.5", ["laser", NANO, out, *W2, "--budget", "0.5", "--layer-floor", "0.6"]),
+        (2, "give it with one", ["laser", NANO, out, *W2, "--layer-floor", "0.6"]),
+        (2, "goes with --norm output", ["laser", NANO, out, *W2, "--sequential", "--text", TEXT]),
+        (2, "goes with --norm output", ["laser", NANO, out, *W2, "--routed", "--text", TEXT]),
+        (2, "leave out --sequential", ["laser", NANO, out, *W2, *OUTPUT, *HELD, "--search", "gain", "--sequential"]),
+        (2, "leave out --norm output", ["laser", NANO, out, *W2, *OUTPUT, *HELD, "--search", "laserrmt"]),
+        (3, "fewer than one sample", ["laser", NANO, out, *W2, *OUTPUT, "--seq-len", "99999"]),
+        (5, "--max-memory", ["laser", NANO, out, *W2, *OUTPUT, "--seq-len", "64", "--max-memory", "1MB"]),
         (3, "does not exist", ["laser", tmp_path / "none", out, *W2]),
         (3, "`mixtools convert to-hf`", ["laser", quantized, out, *W2]),
         (3, "`mixtools convert to-hf`", ["spectrum", quantized, *W2]),

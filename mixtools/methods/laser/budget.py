@@ -43,10 +43,7 @@ def distribute(matrices: Mapping[Key, Matrix], share: float, floor: float) -> di
     Together they take at most `share` of the matrices' bytes, and in each layer at least `floor` of its bytes, but for
     the last step. Of equal gains the first in order goes first. Raises UsageError for shares that cannot be.
     """
-    if not 0.0 < share < 1.0:
-        raise UsageError(f"a budget of {share:g}: it is a share of the chosen weights' bytes, above 0 and below 1")
-    if not 0.0 <= floor <= share:
-        raise UsageError(f"a floor of {floor:g}: each layer's least share lies between 0 and the budget, {share:g}")
+    check([(matrix.shape, matrix.itemsize) for matrix in matrices.values()], share, floor)
     race = _Race(list(matrices.values()), share)
     layers: defaultdict[int, list[int]] = defaultdict(list)
     for number, matrix in enumerate(matrices.values()):
@@ -55,6 +52,18 @@ def distribute(matrices: Mapping[Key, Matrix], share: float, floor: float) -> di
         race.run(members, floor * race.whole(members), to_reach=True)
     race.run(range(len(matrices)), share * race.whole(range(len(matrices))))
     return dict(zip(matrices, race.ranks, strict=True))
+
+
+def check(matrices: Sequence[tuple[tuple[int, int], int]], share: float, floor: float) -> None:
+    """Raises UsageError for shares that cannot be, of matrices whose shapes and bytes of a number are known."""
+    if not 0.0 < share < 1.0:
+        raise UsageError(f"a budget of {share:g}: it is a share of the chosen weights' bytes, above 0 and below 1")
+    if not 0.0 <= floor <= share:
+        raise UsageError(f"a floor of {floor:g}: each layer's least share lies between 0 and the budget, {share:g}")
+    least = sum((sum(shape) if largest_saving(shape) else shape[0] * shape[1]) * size for shape, size in matrices)
+    whole = sum(shape[0] * shape[1] * size for shape, size in matrices)
+    if least > share * whole:
+        raise UsageError(f"a budget of {share:g} is too small for a rank of 1 each, which takes {least / whole:.3g}")
 
 
 def stored_bytes(matrix: Matrix, rank: int | None) -> int:
@@ -69,9 +78,6 @@ class _Race:
         self.ranks: list[int | None] = [1 if largest_saving(matrix.shape) else None for matrix in matrices]
         self.limit = share * self.whole(range(len(matrices)))
         self.used = self._bytes(range(len(matrices)))
-        if self.used > self.limit:
-            least = self.used / self.whole(range(len(matrices)))
-            raise UsageError(f"a budget of {share:g} is too small for a rank of 1 each, which takes {least:.3g}")
 
     def whole(self, members: Iterable[int]) -> int:
         return sum(self.matrices[number].whole_bytes for number in members)

@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from ... import conversion
+from ...errors import MemoryBudgetError
+from ...inference.calibrate import Calibration, moment_bytes
 from ...layouts.checkpoint import Checkpoint
+from ...machine import human_bytes
 from ...names import Slot
 from ...storage.dtypes import DType
+from ...storage.store import CHUNK
+from ...verbs import Forecast
 from .figures import OUTPUT
-from .method import Options
+from .method import Options as Method
+from .results import tell_forecast
+from .selection import Options, role_counts
+
+BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
 
 
-def memory_bytes(source: Checkpoint, slots: Sequence[Slot], method: Options, calibrated: bool = False) -> int:
+class Asked(NamedTuple):
+    """Which matrices, and what becomes of them."""
+
+    source: Checkpoint
+    slots: list[Slot]
+    options: Options
+
+
+def threads_within(limit: int | None, asked: Asked, jobs: int, *, calibrated: bool) -> int:
+    """As many as asked for and as fit; one decomposes, the others copy. Raises MemoryBudgetError."""
+    source, slots, options = asked
+    need = BASE_MEMORY + memory_bytes(source, slots, options.method, calibrated)
+    need += moment_bytes(source.config, slots) if calibrated else 0
+    if limit is None:
+        return jobs
+    if limit < need:
+        raise MemoryBudgetError(
+            "--max-memory is too small for the largest chosen matrix", expected=human_bytes(need), found=limit
+        )
+    return max(1, min(jobs, 1 + (limit - need) // (8 * CHUNK)))
+
+
+def forecast(
+    asked: Asked, threads: int, calibration: Calibration | None, *, rebuild: bool, search: str | None = None
+) -> Forecast:
+    """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
+    source, slots, options = asked
+    method, surveyed = options.method, False
+    memory = BASE_MEMORY + memory_bytes(source, slots, method, calibration is not None)
+    record: dict[str, Any] = {}
+    if calibration:
+        memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
+        surveyed = method.norm == OUTPUT and options.is_surveyed
+        record = {"calibration": calibration.text.record, "calibration_passes": 1 + surveyed}
+    size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
+    if options.factored and options.budget is not None:
+        size -= int((1 - options.budget) * sum(dtype.nbytes(shape) for shape, dtype in map(source.spec, slots)))
+    seconds = forecast_seconds(source, slots, rebuild, method.norm)
+    if surveyed or options.budget is not None:
+        seconds += forecast_seconds(source, slots, False, method.norm)
+    seconds = round(seconds, 1)
+    document: dict[str, Any] = {
+        "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),
+        "targets": role_counts(slots), "bytes": size, "seconds": seconds,
+        "peak_memory_bytes": memory, "jobs": threads,
+    }  # fmt: skip
+    return Forecast(size, memory, seconds, document, tuple(tell_forecast(document)))
+
+
+def memory_bytes(source: Checkpoint, slots: Sequence[Slot], method: Method, calibrated: bool = False) -> int:
     """What decomposing and rebuilding the largest chosen matrix takes at most, beside the interpreter."""
     most = 0
     for slot in slots:
         shape, dtype = source.spec(slot)
-        most = max(most, _matrix_bytes(shape, dtype, _squares(method, calibrated), method.factored))
+        most = max(most, _matrix_bytes(shape, dtype, _squares(method, calibrated)))
     return most
 
 
-def _squares(method: Options, calibrated: bool) -> int:
+def _squares(method: Method, calibrated: bool) -> int:
     """Matrices [p, p] of fp64 at once."""
     if method.norm == OUTPUT:
         return 8
@@ -30,12 +91,11 @@ def _squares(method: Options, calibrated: bool) -> int:
     return 6 if calibrated else 4
 
 
-def _matrix_bytes(shape: Sequence[int], dtype: DType, squares: int, factored: bool) -> int:
+def _matrix_bytes(shape: Sequence[int], dtype: DType, squares: int) -> int:
     p, q = sorted(shape)
     # the weight, the same before it was permuted or transposed, and rebuilt
     weights = 3 * p * q * dtype.itemsize
-    there = 8 * q * (p * q // (p + q)) if factored else 0  # the factors, in fp64 until they are whole
-    return weights + 8 * p * p * squares + there + 4 * 8 * p * 1024
+    return weights + 8 * p * p * squares + 4 * 8 * p * 1024
 
 
 def flop(shape: Sequence[int], rebuild: bool, norm: str) -> float:
@@ -50,15 +110,13 @@ def flop(shape: Sequence[int], rebuild: bool, norm: str) -> float:
     return float(p * p * q + form + weighted + 2 * p * p * kept + 4 * p * q * kept)
 
 
-def forecast_seconds(
-    source: Checkpoint, slots: Sequence[Slot], rebuild: bool, norm: str, clock: Callable[[], float]
-) -> float:
+def forecast_seconds(source: Checkpoint, slots: Sequence[Slot], rebuild: bool, norm: str) -> float:
     """From the shapes and this machine's rate in one small product."""
     side = 768
     matrix = torch.ones(side, side, dtype=torch.float64)
     matrix @ matrix
-    began = clock()
+    began = time.perf_counter()
     for _ in range(3):
         matrix @ matrix
-    rate = 3 * 2 * side**3 / max(clock() - began, 1e-9)
+    rate = 3 * 2 * side**3 / max(time.perf_counter() - began, 1e-9)
     return sum(flop(source.spec(slot).shape, rebuild, norm) for slot in slots) / rate

@@ -95,7 +95,8 @@ def remarks(rows: Sequence[Row], norm: str = WEIGHTS, damping: float | None = No
         found.append(f"{_matrices(truncated)} had no noise left to cut: {truncated[0]['note']}")
     if empty := [row for row in rows if row["rank"] == 0 and not row["already_low_rank"]]:
         found.append(f"{_matrices(empty)} kept nothing: by this rule all of it is noise, and its output becomes zero")
-    if starved := [row for row in rows if row["starved"]]:
+    # those that no token reached have the next remark to themselves
+    if starved := [row for row in rows if row["starved"] and (norm != OUTPUT or row["norm"] == OUTPUT)]:
         fewest = min(starved, key=lambda row: int(row["tokens"]))
         weighted = any(row["norm"] == OUTPUT for row in starved)
         found.append(
@@ -190,17 +191,15 @@ def measured_in(rows: Sequence[Row]) -> str:
     return OUTPUT if any(row["layer_error"] is not None for row in rows) else WEIGHTS
 
 
-def lost(row: Row, best: str, measured: str) -> float | None:
-    """Share of the energy that the kept rank loses, best in either norm; None where that is not known."""
-    if best != row["norm"]:
-        return lost_at(row, best, measured, row["rank"])
-    if measured == WEIGHTS:
-        return max(0.0, 1.0 - float(row["energy"]))
-    return None if row["layer_error"] is None else float(row["layer_error"])
+def lost(row: Row, best: str, measured: str, rank: int | None = None) -> float | None:
+    """Share of the energy that a rank, or the kept one, loses, best in either norm; None where that is not known.
 
-
-def lost_at(row: Row, best: str, measured: str, rank: int) -> float | None:
-    """As `lost`, of any rank, read off the curve: between two of its points along a straight line on a log scale."""
+    Of other ranks and norms read off a curve: between two of its points along a straight line on a log scale.
+    """
+    rank = row["rank"] if rank is None else rank
+    if best == row["norm"] and rank == row["rank"]:
+        exact = max(0.0, 1.0 - row["energy"]) if measured == WEIGHTS else row["layer_error"]
+        return None if exact is None else float(exact)
     curve, ranks = row["curves"].get(best, {}).get(measured), row["curves"]["ranks"]
     if curve is None:
         return None
@@ -223,7 +222,7 @@ def by_target(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "ranks": ranks and (f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"),
             "bars": [bar for best in (OUTPUT, WEIGHTS) if (bar := _bar(mine, best, measured))],
             "weights_lost": sum(1.0 - row["energy"] for row in mine) / len(mine),
-            "starved": sum(bool(row["starved"]) for row in mine),
+            "starved": sum(bool(row["starved"] and row["tokens"]) for row in mine),
             "unseen": sum(row["layer_error"] is None for row in mine) if measured == OUTPUT else 0,
         })  # fmt: skip
     bars = [bar for card in cards for bar in card["bars"]]
@@ -251,7 +250,7 @@ def rank_choices(rows: Sequence[Row]) -> dict[str, Any]:
         know = [(row, ranks[rule]) for row in rows if rule in (ranks := row["choices"].get(norm, {}))]
         whole = sum(row["shape"][0] * row["shape"][1] for row, _ in know)
         sizes.append(sum(_kept_numbers({**row, "rank": rank}) for row, rank in know) / whole)
-        shares = [share for row, rank in know if (share := lost_at(row, norm, measured, rank)) is not None]
+        shares = [share for row, rank in know if (share := lost(row, norm, measured, rank)) is not None]
         losses.append(sum(shares) / len(shares) if shares else None)
     kept = [share for row in rows if (share := lost(row, row["norm"], measured)) is not None]
     return {
@@ -331,7 +330,7 @@ def _marks(row: Row, high: float) -> list[dict[str, Any]]:
     """Thresholds from left to right, each label in a line of its own: the line of a mark begins at its label."""
     texts = {kind: text for _, kind, text in _MARKS}
     if row["norm"] == OUTPUT:  # other directions are kept than these values have
-        texts["kept"] = f"value {row['rank']}"
+        texts["kept"] = f"rank {row['rank']}"
     marks: list[dict[str, Any]] = [
         {"x": round(_WIDTH * row[name] / high, 1), "kind": kind, "text": texts[kind]} for name, kind, _ in _MARKS
         if row[name] is not None and 0 < row[name] <= high and (kind != "kept" or row["rank"] < row["of"])
@@ -359,7 +358,7 @@ def draw_curves(row: Row) -> dict[str, Any]:
     step = (floor - _TOP) / _DECADES
     grid = [{"y": round(_TOP + step * i, 1), "text": f"{100 * 10.0**-i:g} %"} for i in range(_DECADES + 1)]
     x = round(_AXIS + (_WIDTH - _AXIS) * row["rank"] / row["of"], 1)
-    at = {"start": x < _AXIS + 40, "end": x > _WIDTH - 66}  # its label would lie over that end's
+    at = {"start": x < _AXIS + 48, "end": x > _WIDTH - 66}  # its label would lie over that end's
     return {
         "row": row, "width": _WIDTH, "height": _HEIGHT, "floor": floor, "left": _AXIS, "top": _TOP, "lines": lines,
         "grid": grid, "x": x, "at": at, "lost": lost(row, row["norm"], OUTPUT),

@@ -12,7 +12,7 @@ from ...errors import UsageError
 from ...layouts.checkpoint import Checkpoint
 from ...names import Slot
 from ...progress import Progress, Silent
-from .budget import Matrix, distribute, stored_bytes
+from .budget import Matrix, check, distribute, stored_bytes
 from .method import report_of
 from .worker import Row, Worker, located
 
@@ -89,12 +89,14 @@ def budget_survey(
         row = worker.row(slot, report_of(found, worker.method, len(found.values)))
         return {"row": row, "lost": base64.b64encode(found.tail.tobytes()).decode()}
 
+    stored = {slot: worker.source.spec(slot) for slot in slots}
+    shapes = {slot: (spec.shape[0], spec.shape[1]) for slot, spec in stored.items()}
+    check([(shapes[slot], stored[slot].dtype.itemsize) for slot in slots], *shares)
     found = dict(_each(slots, look, progress, kept))
     matrices = {}
     for slot in slots:
-        (rows, cols), dtype = worker.source.spec(slot)
         lost = np.frombuffer(base64.b64decode(found[slot]["lost"]))
-        matrices[slot] = Matrix(lost, (rows, cols), dtype.itemsize, int(slot.layer or 0))
+        matrices[slot] = Matrix(lost, shapes[slot], stored[slot].dtype.itemsize, int(slot.layer or 0))
     ranks = distribute(matrices, *shares)
     whole = {slot: found[slot]["row"] for slot, rank in ranks.items() if rank is None}
     told = {"budget": told_budget(matrices, ranks)}

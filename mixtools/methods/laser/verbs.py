@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from ...errors import MemoryBudgetError, OutputError, OutputExists, QuantizedError, UsageError
+from ...errors import OutputError, OutputExists, QuantizedError, UsageError
 from ...machine import (
     available_memory,
     check_device,
     find_device,
-    human_bytes,
     parse_limit,
     parse_size,
     peak_memory,
@@ -23,13 +22,14 @@ from ...options import Device, DryRun, Jobs, MaxMemory, Out, Overwrite, Resume, 
 from ...progress import Callback, Progress, watched
 from ...verbs import Forecast, Option
 from .consistent import expect_consistent
-from .results import Reduced, Seen, tell_forecast
+from .results import Reduced, Seen
 
 if TYPE_CHECKING:
     from ...inference.calibrate import Calibration
     from ...job import Job, Run
     from ...layouts.checkpoint import Checkpoint
     from ...names import Slot
+    from .forecast import Asked
     from .selection import Options
     from .survey import Survey
 
@@ -37,7 +37,6 @@ ALL_TARGETS = "w1,w2,w3,q,k,v,o"
 NORMS = "weights|output"
 RULES = "mp|gavish-donoho|laserrmt|activation=0.01|energy=0.99|rho=0.1|rank=512"
 OUTPUT = "output"
-BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
 
 Layers = Annotated[str, Option("WHICH", "all, 5, 3,7 or 20-31.")]
 Targets = Annotated[str, Option("NAMES", "Which matrices of a layer.")]
@@ -58,14 +57,6 @@ class Machine(NamedTuple):
     max_memory: int | None
     jobs: int
     progress: Progress
-
-
-class Asked(NamedTuple):
-    """Which matrices, and what becomes of them."""
-
-    source: Checkpoint
-    slots: list[Slot]
-    options: Options
 
 
 class Texts(NamedTuple):
@@ -105,12 +96,14 @@ def laser(
 ) -> Reduced | Forecast:  # fmt: skip
     """Replace weight matrices by their best approximations of lower rank, and tell what each lost.
 
+    Which norm? `weights` is LASER's own: it needs no text, repeats published recipes and favours no text over another.
+    `output` is the right one to make a model smaller: at the same rank the layers' outputs change least, the more so
+    where a few channels are much larger than the others. Its text should be like what the model will read.
+
     Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-laser --layers 24-31 --targets w2 --rank-rule mp
 
-    Which norm? `weights` is LASER's own: it needs no text, repeats published recipes, and favours no text over
-    another. `output` is the right one to make a model smaller: at the same rank the layer's output changes least, which
-    shows in perplexity, the more so where a few channels are much larger than the others; its text should be like what
-    the model will read.
+    Example: mixtools laser Mixtral-8x7B-v0.1 Mixtral-8x7B-small --layers all --targets w1,w2,w3 --norm output
+    --budget 0.8 --factored --text text.txt
 
     arXiv 2312.13558; see method.py and linalg/rules.py for the rules. Memory: one matrix, decomposed, and with `text`
     one layer and its moments. Raises UsageError for options or ranks that cannot be, SpectrumError for a matrix with
@@ -125,6 +118,7 @@ def laser(
     )  # fmt: skip
     from ...job import Run
     from ...storage.output import expect_free
+    from .forecast import Asked, forecast, threads_within
     from .selection import Options
 
     options = Options(
@@ -133,7 +127,8 @@ def laser(
     )  # fmt: skip
     machine = Machine(device, parse_limit(max_memory), jobs, watched(progress))
     checkpoint, slots = _open(source, Path(out), options)
-    threads = _threads_within(checkpoint, slots, machine, options, calibrated=text is not None)
+    asked = Asked(checkpoint, slots, options)
+    threads = threads_within(machine.max_memory, asked, jobs, calibrated=text is not None)
     if not dry_run:
         expect_free(Path(out), overwrite)
     texts = Texts(_path(text), _path(held_out), samples, seq_len)
@@ -146,9 +141,9 @@ def laser(
         if not search:
             calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
         if dry_run:
-            return _forecast(checkpoint, slots, options, threads, rebuild=True, calibration=calibration, search=search)
+            return forecast(asked, threads, calibration, rebuild=True, search=search)
         with closing(calibration) if calibration else nullcontext():
-            job = _job(Asked(checkpoint, slots, options), calibration, machine, Path(out), how)
+            job = _job(asked, calibration, machine, Path(out), how)
             return _carry_out(job, Path(out), how, notes, began)
     return _carry_out(job, Path(out), how, notes, began)
 
@@ -168,15 +163,16 @@ def spectrum(
 ) -> Seen | Forecast:  # fmt: skip
     """Singular values of weight matrices: what `laser` would keep, without writing a weight.
 
-    Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
+    With --norm output and a text: the error of every rank, best in either norm and measured in either.
 
-    With `norm` output and a text: the error of every rank, best in either norm and measured in either.
+    Example: mixtools spectrum Mixtral-8x7B-v0.1 --layers 24-31 --targets w2 --out spectra
 
     Raises as `laser`; OutputExists for a report that is there already.
     """
     check_device(device)
     from . import report as pages
     from . import survey
+    from .forecast import Asked, forecast, threads_within
     from .selection import Options
     from .worker import Worker
 
@@ -185,14 +181,15 @@ def spectrum(
     machine = Machine(device, parse_limit(max_memory), 1, watched(progress))
     folder = _path(out)
     checkpoint, slots = _open(source, folder, options)
-    _threads_within(checkpoint, slots, machine, options, calibrated=text is not None)
+    asked = Asked(checkpoint, slots, options)
+    threads_within(machine.max_memory, asked, 1, calibrated=text is not None)
     if folder is not None and not overwrite and (found := folder / f"{pages.NAME}.json").exists():
         raise OutputExists("is there already, maybe that of a checkpoint; --overwrite replaces it", file=found)
     texts = Texts(_path(text), None, samples, seq_len)
     calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
     record = {"calibration": calibration.text.record} if calibration else {}
     if dry_run:
-        return _forecast(checkpoint, slots, options, 1, rebuild=False, calibration=calibration)
+        return forecast(asked, 1, calibration, rebuild=False)
     if (rank := options.method.fixed_rank) is not None:
         survey.fixed_survey(checkpoint, slots, rank)
     began = time.monotonic()
@@ -313,26 +310,6 @@ def _open(source: Source, out: Path | None, options: Options) -> tuple[Checkpoin
     return checkpoint, slots
 
 
-def _threads_within(
-    source: Checkpoint, slots: list[Slot], machine: Machine, options: Options, *, calibrated: bool
-) -> int:
-    """As many as asked for and as fit; one decomposes, the others copy."""
-    from ...inference import calibrate
-    from ...storage.store import CHUNK
-    from .forecast import memory_bytes
-
-    limit, copier = machine.max_memory, 8 * CHUNK
-    need = BASE_MEMORY + memory_bytes(source, slots, options.method, calibrated)
-    need += calibrate.moment_bytes(source.config, slots) if calibrated else 0
-    if limit is None:
-        return machine.jobs
-    if limit < need:
-        raise MemoryBudgetError(
-            "--max-memory is too small for the largest chosen matrix", expected=human_bytes(need), found=limit
-        )
-    return max(1, min(machine.jobs, 1 + (limit - need) // copier))
-
-
 def _calibration(
     source: Checkpoint, slots: list[Slot], texts: Texts, machine: Machine, options: Options
 ) -> tuple[Calibration | None, list[str]]:
@@ -343,6 +320,7 @@ def _calibration(
     from ...inference import calibrate
     from ...inference.stream import Stream
     from ...text.tokenizer import Tokenizer
+    from .forecast import BASE_MEMORY
 
     tokenizer = Tokenizer.from_folder(source.folder)
     remark = tokenizer.check_vocab(source.config)
@@ -368,35 +346,3 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
             (folder / name).write_bytes(data)
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", file=folder) from None
-
-
-# --- told ---
-
-
-def _forecast(
-    source: Checkpoint, slots: list[Slot], options: Options, threads: int, *, rebuild: bool,
-    calibration: Calibration | None, search: str | None = None,
-) -> Forecast:  # fmt: skip
-    """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
-    from ... import conversion
-    from .forecast import forecast_seconds, memory_bytes
-    from .selection import role_counts
-
-    method, surveyed = options.method, False
-    memory = BASE_MEMORY + memory_bytes(source, slots, method, calibration is not None)
-    record: dict[str, Any] = {}
-    if calibration:
-        memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
-        surveyed = method.norm == OUTPUT and options.is_surveyed
-        record = {"calibration": calibration.text.record, "calibration_passes": 1 + surveyed}
-    size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
-    seconds = forecast_seconds(source, slots, rebuild, method.norm, time.perf_counter)
-    if surveyed or options.budget is not None:
-        seconds += forecast_seconds(source, slots, False, method.norm, time.perf_counter)
-    seconds = round(seconds, 1)
-    document: dict[str, Any] = {
-        "dry_run": True, "search": search, "laser": options.document(), **record, "matrices": len(slots),
-        "targets": role_counts(slots), "bytes": size, "seconds": seconds,
-        "peak_memory_bytes": memory, "jobs": threads,
-    }  # fmt: skip
-    return Forecast(size, memory, seconds, document, tuple(tell_forecast(document)))

@@ -479,7 +479,7 @@ def test_moments_of_experts_wider_than_the_model(routed: bool) -> None:
     given = method.Options.parse("rank=50", norm="output")
     result = method.encode(wide[slot].float(), given, found)
     assert np.abs(result.dense.double().numpy() - expected).max() < 1e-3 * np.abs(expected).max()
-    assert result.report.layer_error == pytest.approx(least, rel=1e-2)
+    assert result.report.layer_error == pytest.approx(least, abs=1e-7)  # sums in fp32
 
 
 @pytest.fixture(autouse=True)
