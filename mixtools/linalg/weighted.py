@@ -115,7 +115,8 @@ class Weighted(WeightedSpectrum):
         if rank == 0:
             return 1.0
         keeps, found = self._fewer(rank)
-        part = float(of(found).sum()) / total
+        # a tall matrix seen from its outputs has more directions than values: nothing is in the others
+        part = float(of(found)[: rank if keeps else len(self.values) - rank].sum()) / total
         return min(1.0, max(0.0, 1.0 - part if keeps else part))
 
 

@@ -53,15 +53,19 @@ def forecast(
     """Memory is an upper bound; time is shapes over a measured rate, without the calibration's own."""
     source, slots, options = asked
     method, surveyed = options.method, False
-    memory = BASE_MEMORY + memory_bytes(source, slots, method, calibration is not None)
+    most = memory_bytes(source, slots, method, calibration is not None)
     record: dict[str, Any] = {}
     if calibration:
-        memory += calibration.stream.plan([len(ids) for ids in calibration.text.sequences]).peak_bytes
+        plan = calibration.stream.plan([len(ids) for ids in calibration.text.sequences])
+        # a layer is gone before its matrices are decomposed; its moments and the states stay
+        stays = moment_bytes(source.config, slots) + (0 if plan.spilled else plan.states_bytes)
+        most = max(plan.peak_bytes, stays + most)
         surveyed = method.norm == OUTPUT and options.is_surveyed
         record = {"calibration": calibration.text.record, "calibration_passes": 1 + surveyed}
     size = conversion.plan_hf(source, conversion.Options()).plan.total_bytes if rebuild else 0
     if options.factored and options.budget is not None:
         size -= int((1 - options.budget) * sum(dtype.nbytes(shape) for shape, dtype in map(source.spec, slots)))
+    memory = BASE_MEMORY + most
     seconds = forecast_seconds(source, slots, rebuild, method.norm)
     if surveyed or options.budget is not None:
         seconds += forecast_seconds(source, slots, False, method.norm)
