@@ -492,3 +492,25 @@ def test_bad_input_is_refused() -> None:
         for refused in (laser.encode, laser.look, laser.spectrum_in_norm):
             with pytest.raises(SpectrumError, match=r"\[3, 5\]"):
                 refused(broken, options("rank=3"), covariance)
+
+
+@pytest.mark.parametrize("what", ["dead", "alike", "one token"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channels_that_are_dead_or_all_alike(shape: tuple[int, int], side: Side, what: str) -> None:
+    """Where an inverse of the whitening fails: "the diagonal element 6940 is zero", as a user of SVD-LLM was told."""
+    weight, X = planted(shape), inputs(shape[1])
+    if what == "dead":
+        X[::3] = 0
+    elif what == "alike":
+        X[1:] = X[:1].clone()
+    else:
+        X = X[:, :1]
+    covariance = seen(weight, X, side, X.shape[1])
+    for factored in (False, True):
+        result = laser.encode(weight, options("rank=12", factored=factored), covariance)
+        assert bool(result.dense.isfinite().all())
+        assert result.report.layer_error == pytest.approx(lost(weight, result.dense, X), rel=1e-2, abs=1e-5)
+        rest = lost(weight, result.dense)
+        assert 0.1 < rest < 0.95  # what no token saw is kept as far as the rank goes
+        assert result.report.energy == pytest.approx(1 - rest, abs=1e-3)
