@@ -512,5 +512,5 @@ def test_channels_that_are_dead_or_all_alike(shape: tuple[int, int], side: Side,
         assert bool(result.dense.isfinite().all())
         assert result.report.layer_error == pytest.approx(lost(weight, result.dense, X), rel=1e-2, abs=1e-5)
         rest = lost(weight, result.dense)
-        assert 0.1 < rest < 0.95  # what no token saw is kept as far as the rank goes
+        assert 0.03 < rest < 0.95  # what no token saw is kept as far as the rank goes
         assert result.report.energy == pytest.approx(1 - rest, abs=1e-3)
