@@ -281,7 +281,8 @@ def _side(weight: Tensor, covariance: Covariance, damping: float) -> _Side:
     outputs, power = covariance.matrix, covariance.power
     if covariance.side == "in":
         outputs, power = _outputs(weight, covariance.matrix), _mean_diagonal(covariance.matrix)
-    return _Outputs(weight, _outer_gram(weight) if rows > cols else gram(weight), outputs, power, damping)
+    inner = _outer_gram(weight) if rows > cols else gram(weight)
+    return _Outputs(weight, inner, outputs.to(inner.device), power, damping)  # MPS has no fp64: there it is the CPU
 
 
 def _expect_energy(power: float | None) -> float:

@@ -34,12 +34,14 @@ class Worker:
     def analyse(self, slot: Slot) -> Analysis:
         """Raises SpectrumError, which names file and tensor, for NaN or Inf."""
         with located(self.source, slot):
-            return analyse(self.weight(slot), self.method, self.covariance(slot))
+            covariance = self.covariance(slot)  # a layer is in memory for it: the matrix comes after
+            return analyse(self.weight(slot), self.method, covariance)
 
     def spectrum(self, slot: Slot) -> Spectrum:
         """Values alone, in the norm that was asked for. Raises as `analyse`."""
         with located(self.source, slot):
-            return spectrum_in_norm(self.weight(slot), self.method, self.covariance(slot))
+            covariance = self.covariance(slot)
+            return spectrum_in_norm(self.weight(slot), self.method, covariance)
 
     def scan(self, slot: Slot) -> Report:
         """Figures alone: with a text in full, without it the cheapest way."""
