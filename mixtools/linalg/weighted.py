@@ -88,7 +88,8 @@ class Weighted(WeightedSpectrum):
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """A [m, rank], orthonormal columns, and B [rank, n] in the weight's dtype: A @ B is the best approximation.
 
-        A = U and B = Uᵀ W, so that nothing is inverted. Directions whose value is below `floor` come out as zeros.
+        A = U and B = Uᵀ W, so that nothing is inverted. A direction whose value is below `floor` adds nothing: its
+        row of B is nothing but rounding, or it is zeros in both.
         """
         scale = np.where(self.values > self.floor, self.values, np.inf)[:rank]
         return self._side.factors(self._directions(0, rank), scale)
@@ -105,7 +106,7 @@ class Weighted(WeightedSpectrum):
             self._last = None  # its memory first
             count = len(self._eigen.values)
             vectors = self._eigen.vectors(count - stop, count - start).flip(1)
-            squares = self._eigen.values.flip(0)[start:stop].clamp_min(0).numpy()
+            squares = self._eigen.values.flip(0)[start:stop].numpy()
             self._last = (start, stop), self._side.directions(vectors, squares)
         return self._last[1]
 
@@ -298,7 +299,7 @@ def _mean_diagonal(matrix: Tensor) -> float:
 def _cholesky(matrix: Tensor, lam: float) -> Tensor | None:
     """L with matrix + λI = L Lᵀ, [n, n] fp64 lower; None if it is not positive definite."""
     if matrix.device.type == "cpu":
-        damped = np.array(matrix.numpy(), dtype=np.float64, order="F")
+        damped = np.array(matrix.double().numpy(), order="F")
         damped[np.diag_indices(len(damped))] += lam
         lower, info = lapack.dpotrf(damped, lower=1, clean=1, overwrite_a=1)
         return torch.from_numpy(lower) if info == 0 else None

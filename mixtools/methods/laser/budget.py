@@ -48,8 +48,10 @@ def distribute(matrices: Mapping[Key, Matrix], share: float, floor: float) -> di
     layers: defaultdict[int, list[int]] = defaultdict(list)
     for number, matrix in enumerate(matrices.values()):
         layers[matrix.layer].append(number)
-    for members in layers.values():
-        race.run(members, floor * race.whole(members), to_reach=True)
+    owed = [(members, floor * race.whole(members)) for members in layers.values()]
+    for place, (members, least) in enumerate(owed, 1):
+        race.reserved = sum(max(0.0, other - race.bytes(those)) for those, other in owed[place:])
+        race.run(members, least, to_reach=True)
     race.run(range(len(matrices)), share * race.whole(range(len(matrices))))
     return dict(zip(matrices, race.ranks, strict=True))
 
@@ -77,22 +79,21 @@ class _Race:
         self.matrices = matrices
         self.ranks: list[int | None] = [1 if largest_saving(matrix.shape) else None for matrix in matrices]
         self.limit = share * self.whole(range(len(matrices)))
-        self.used = self._bytes(range(len(matrices)))
+        self.used, self.reserved = self.bytes(range(len(matrices))), 0.0  # reserved: owed to others
 
     def whole(self, members: Iterable[int]) -> int:
         return sum(self.matrices[number].whole_bytes for number in members)
 
     def run(self, members: Iterable[int], limit: float, *, to_reach: bool = False) -> None:
-        """Steps of these while they stay within `limit` bytes; `to_reach`: until they have reached it."""
+        """Steps of these within `limit` bytes; `to_reach`: until they have reached it, by a rank more if need be."""
         members = list(members)
-        used = self._bytes(members)
+        used = self.bytes(members)
         heap = [step for number in members for step in self._steps(number)]
         heapq.heapify(heap)
         while heap and not (to_reach and used >= limit):
-            step = heapq.heappop(heap)
-            number, rank, size = step[1:]
-            fits = self.used + size <= self.limit and (used + size <= limit or (to_reach and rank is not None))
-            if not fits:
+            _, number, rank, size = heapq.heappop(heap)
+            within = used + size <= limit or (to_reach and rank is not None)
+            if not within or self.used + size > self.limit - self.reserved:
                 if rank is None:  # too much at once: as many ranks as fit
                     for other in self._steps(number, whole=False):
                         heapq.heappush(heap, other)
@@ -102,7 +103,7 @@ class _Race:
             for other in self._steps(number):
                 heapq.heappush(heap, other)
 
-    def _bytes(self, members: Iterable[int]) -> int:
+    def bytes(self, members: Iterable[int]) -> int:
         return sum(stored_bytes(self.matrices[number], self.ranks[number]) for number in members)
 
     def _steps(self, number: int, *, whole: bool = True) -> Iterator[tuple[float, int, int | None, int]]:
@@ -113,8 +114,7 @@ class _Race:
         rest = matrix.whole_bytes - rank * matrix.rank_bytes
         to_whole = float(matrix.lost[rank]) / rest
         by_one = float(matrix.lost[rank] - matrix.lost[rank + 1]) / matrix.rank_bytes
-        can_rise = rank < largest_saving(matrix.shape)
-        if whole and (to_whole >= by_one or not can_rise):
+        if whole and to_whole >= by_one:  # always so at the last rank that saves: the rest is less than a rank
             yield -to_whole, number, None, rest
-        elif can_rise:
+        elif rank < largest_saving(matrix.shape):
             yield -by_one, number, rank + 1, matrix.rank_bytes

@@ -27,6 +27,7 @@ __all__ = [
     "scan", "spectrum_in_norm",
 ]  # fmt: skip
 
+LEAST_DAMPING = 1e-8  # what is taken from what λ is a part of is known to 2⁻⁵²/λ
 DEFAULT_RULES = {WEIGHTS: "mp", OUTPUT: "activation=0.01"}
 
 
@@ -47,8 +48,8 @@ class Options:
         """Raises UsageError for what cannot be."""
         if self.norm not in NORMS:
             raise UsageError(f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
-        if not 0.0 < self.damping <= 1.0:
-            raise UsageError(f"damping {self.damping:g} is a share of the mean square of the inputs, above 0 up to 1")
+        if not LEAST_DAMPING <= self.damping <= 1.0:
+            raise UsageError(f"damping {self.damping:g} is a share of the inputs' mean square, {LEAST_DAMPING:g} to 1")
         if self.norm == OUTPUT and isinstance(self.rank_rule, ThresholdRule):
             raise UsageError(
                 f"rank rule {self.rank_rule} finds noise in the weights, which the output's norm does not see: take "
@@ -125,7 +126,13 @@ class Analysis:
         return None if self.covariance is None else output_errors(self.best, self.covariance)
 
     def rank(self, rule: RankRule) -> int:
-        """Raises UsageError for a rank above the matrix's, or a rule that lacks its covariance."""
+        """By the rule; the full one where it asks for inputs, in the weights' norm, and no token came.
+
+        Raises UsageError for a rank above the matrix's, or a rule that lacks its covariance.
+        """
+        unseen = self.covariance is not None and self.covariance.empty
+        if rule.needs_covariance and unseen and self.asked != OUTPUT:
+            return len(self.best.values)
         return rule.rank(self.best, self.bulk, self.lost if rule.needs_covariance else None)
 
     def layer_error(self, rank: int) -> float | None:
@@ -218,7 +225,8 @@ def look(weight: Tensor, options: Options, covariance: Covariance) -> Report:
     own = decompose(weight, exact=options.exact)
     energies = own.tail
     if covariance.empty:
-        return Analysis(own, covariance, options.norm).report(options.rank_rule.rank(own, Bulk.of(own), energies))
+        unseen = Analysis(own, covariance, options.norm)
+        return unseen.report(unseen.rank(options.rank_rule))
     lost = output_errors(own, covariance)
     bulk = Bulk.of(own)
     del own

@@ -55,10 +55,7 @@ class Worker:
         return analysis.report(self.rank(slot, analysis))
 
     def rank(self, slot: Slot, analysis: Analysis) -> int:
-        """By the rule; the full one where the rule asks for inputs and no calibration token came here."""
-        rule, unseen = self.method.rank_rule, self.tokens(slot) == 0
-        if rule.needs_covariance and unseen and self.method.norm != OUTPUT:
-            return min(analysis.weight.shape)
+        """By the rule. Raises as Analysis.rank."""
         with located(self.source, slot):
             return analysis.rank(self.method.rank_rule)
 

@@ -301,6 +301,21 @@ def test_with_floors_the_error_is_the_least_but_for_a_step_each(seed: int) -> No
         assert error(matrices, ranks) <= errors[taken <= limit - step].min() + 1e-12
 
 
+@pytest.mark.parametrize("floor", [0.2, 0.29, 0.3])
+def test_floors_that_leave_nothing_over_stay_within_the_budget(floor: float) -> None:
+    matrices = {f"{layer}.{side}": steep((32, side), layer, 0.9) for layer in range(8) for side in (32, 48, 57)}
+    for names in (list(matrices), list(matrices)[::-1]):
+        ranks = distribute({name: matrices[name] for name in names}, 0.3, floor)
+        assert used(matrices, ranks) <= 0.3 * whole(list(matrices.values()))
+
+
+def test_a_floor_is_not_reached_by_what_another_layer_needs() -> None:
+    # flat: whole is worth most, but the first layer's 80 numbers more would leave too few for the second's floor
+    matrices = {name: matrix(np.ones(10), (10, 10), layer=layer) for layer, name in enumerate("ab")}
+    assert distribute(matrices, 0.6, 0.3) == {"a": 4, "b": 2}
+    assert distribute(matrices, 0.6, 0.1) == {"a": None, "b": 1}
+
+
 def test_a_floor_of_nothing_changes_nothing() -> None:
     for seed in range(5):
         matrices = some(seed)
@@ -337,3 +352,17 @@ def test_a_budget_below_a_rank_of_one_each_is_refused() -> None:
 
 def test_nothing_shares_nothing() -> None:
     assert distribute({}, 0.5, 0.25) == {}
+
+
+@pytest.mark.parametrize("floor", [0.4, 0.399])
+def test_floors_near_the_budget_hold_in_every_layer(floor: float) -> None:
+    """What a layer takes beyond its floor is not another's."""
+    gains = 0.9 ** np.arange(64)
+    curve = np.append(np.cumsum(gains[::-1])[::-1], 0.0)
+    matrices = {(layer, i): Matrix(curve, (64, 64 + 5 * i), 2, layer) for layer in range(32) for i in range(3)}
+    ranks = distribute(matrices, 0.4, floor)
+    for layer in range(32):
+        members = [key for key in matrices if key[0] == layer]
+        found = sum(stored_bytes(matrices[key], ranks[key]) for key in members)
+        step = max(matrices[key].rank_bytes for key in members)
+        assert found >= floor * sum(matrices[key].whole_bytes for key in members) - step, layer

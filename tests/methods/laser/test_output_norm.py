@@ -454,7 +454,7 @@ def test_exact_is_refused_at_the_output() -> None:
 @pytest.mark.parametrize("damping", [0.0, -1e-4, 1.0001, math.inf, math.nan])
 @pytest.mark.parametrize("norm", ["weights", "output"])
 def test_a_damping_that_is_no_share_is_refused(damping: float, norm: str) -> None:
-    with pytest.raises(UsageError, match=r"damping \S+ is a share of the mean square of the inputs"):
+    with pytest.raises(UsageError, match=r"damping \S+ is a share of the inputs' mean square, 1e-08 to 1"):
         Options.parse("rank=5", norm=norm, damping=damping)
     assert Options.parse("rank=5", norm=norm, damping=1.0).damping == 1.0
 
@@ -514,3 +514,8 @@ def test_channels_that_are_dead_or_all_alike(shape: tuple[int, int], side: Side,
         rest = lost(weight, result.dense)
         assert 0.03 < rest < 0.95  # what no token saw is kept as far as the rank goes
         assert result.report.energy == pytest.approx(1 - rest, abs=1e-3)
+
+
+def test_without_a_token_activation_keeps_all_in_the_weights_norm() -> None:
+    result = laser.encode(planted((30, 60)), options("activation=0.01", "weights"), Covariance(torch.zeros(60, 60)))
+    assert result.report.rank == 30
