@@ -8,7 +8,7 @@ weights' norm is timed with a covariance, as `laser --text` runs it (it tells ev
 vectors), and without. Expected before it was written: Cholesky and two half products (2.5 n³ at gemm's rate), a second
 tridiagonal form for the weights' own spectrum (the report's), less all vectors: 1.3 of the run without a text, 0.8 of
 that with one. Found: 1.2 to 1.6 of the run without a text, whose report lacks the output's half, and 0.6 to 1.15 of
-that with one. What is lost to expectation is the second form: half of it is matrix times vector, at the speed of memory.
+that with one. What is lost to expectation is the second form: half of it is matrix times vector, at memory's speed.
 
 `worth`: mean KL divergence from the source, by `check`, of all experts of all layers at one rank, and under a budget of
 bytes. Expected, from a sketch: the output's norm at 0.7 of the weights' KLD on a model without outlier channels, at
