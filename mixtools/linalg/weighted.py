@@ -11,7 +11,9 @@ C + λI stands for C: directions that no token reached still count a little, so 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,18 +123,20 @@ class Weighted(WeightedSpectrum):
         return min(1.0, max(0.0, 1.0 - part if keeps else part))
 
 
-class _Directions:
+class _Directions(NamedTuple):
     """Some directions of a matrix, strongest first: `basis` spans them on the decomposed side, [side, k] fp64.
 
     `gains` [k] is the output's energy in each, undamped, `energies` [k] the weight's own. `back` [k, side] takes part
     of the weight back from them, where the basis alone does not (from the inputs' side).
     """
 
-    def __init__(self, basis: Tensor, gains: FloatArray, energies: FloatArray, back: Tensor | None = None) -> None:
-        self.basis, self.gains, self.energies, self.back = basis, gains, energies, back
+    basis: Tensor
+    gains: FloatArray
+    energies: FloatArray
+    back: Tensor | None = None
 
 
-class _Side:
+class _Side(ABC):
     """The eigenproblem of one side, before it is solved.
 
     `total`: the output's energy, undamped; `weight_energy`: ‖W‖²; `own`: the weight's own spectrum.
@@ -148,28 +152,28 @@ class _Side:
         values = roots(eigen.eigenvalues(inner))[: min(rows, cols)]
         self.own = Spectrum((rows, cols), values, resolution(len(inner)), rounding_norm(weight))
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """[side, side] fp64, lower triangle, whose eigenvalues are the damped energies; in the Gram matrix's memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def directions(self, vectors: Tensor, squares: FloatArray) -> _Directions:
         """From eigenvectors of `matrix` [side, k] and their eigenvalues [k]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, block: Tensor, found: _Directions) -> Tensor:
         """What of a block of the weight lies in these directions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self, found: _Directions, scale: FloatArray) -> tuple[Tensor, Tensor]:
         """U [m, k], which spans the directions at the output, and Uᵀ W, in the weight's dtype.
 
         `scale` [k]: the directions' values, inf for those that are lost in rounding.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> list[tuple[slice, slice]]:
         """Along the side that is not decomposed."""
-        raise NotImplementedError
 
 
 class _Outputs(_Side):

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import disk, journal
+from . import journal
 from .disk import DiskErrors
-from .output import FINDINGS, LOCK, expect_free, forget
+from .output import FINDINGS, claim, forget
 from .replacing import WORK
 
 
@@ -26,14 +26,10 @@ class Findings:
         Raises OutputExists, OutputLocked or DiskError.
         """
         self.folder, self._work = folder, folder / WORK
-        with DiskErrors(folder):
-            expect_free(folder, overwrite)
-            self._work.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, Any] = {}
-        self._file, self._lock = -1, disk.lock(self._work / LOCK, folder)
+        self._file, self._lock = -1, claim(folder, overwrite)
         try:
             with DiskErrors(folder):
-                expect_free(folder, overwrite)  # again: until the lock it may have been another's
                 lines = journal.read(self._work / FINDINGS) if resume else []
                 if not lines or lines[0] != {"key": dict(key)}:
                     lines = [{"key": dict(key)}]

@@ -67,15 +67,11 @@ class Output:
         self._sealed: dict[str, str] = {}  # SHA-256 of whole files
         self._hasher = ThreadPoolExecutor(1, "mixtools-digest")
         self._digests: dict[str, Digest] = {}
-        with DiskErrors(folder):
-            expect_free(folder, overwrite)
-            self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = disk.lock(self.work / LOCK, folder)
+        self._lock = claim(folder, overwrite)
         self._files: dict[str, int] = {}
         self._parts: dict[str, WriteBehind] = {}
         try:
             with DiskErrors(folder):
-                expect_free(folder, overwrite)  # again: until the lock it may have been another's
                 if overwrite and not _is_committing(self.work) and not is_empty(folder):
                     written = [*(file.name for file in plan.files), *plan.index, *names]
                     self._old = replacing.replaceable(folder, written, self.progress)
@@ -278,6 +274,25 @@ class Output:
         data = journal.encode(line)
         while data:
             data = data[os.write(self._journal, data) :]
+
+
+def claim(folder: Path, overwrite: bool) -> int:
+    """The lock of a folder in which an output may be made: an open file.
+
+    Raises OutputExists, OutputLocked or DiskError, and leaves no trace then.
+    """
+    with DiskErrors(folder):
+        expect_free(folder, overwrite)
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+    lock = disk.lock(folder / WORK / LOCK, folder)
+    try:
+        with DiskErrors(folder):
+            expect_free(folder, overwrite)  # again: until the lock it may have been another's
+    except BaseException:
+        os.close(lock)
+        forget(folder / WORK, folder)
+        raise
+    return lock
 
 
 def expect_free(folder: Path, overwrite: bool) -> None:

@@ -52,16 +52,21 @@ def distribute(matrices: Mapping[Key, Matrix], share: float, floor: float) -> di
     for place, (members, least) in enumerate(owed, 1):
         race.reserved = sum(max(0.0, other - race.bytes(those)) for those, other in owed[place:])
         race.run(members, least, to_reach=True)
-    race.run(range(len(matrices)), share * race.whole(range(len(matrices))))
+    race.run(range(len(matrices)), race.limit)
     return dict(zip(matrices, race.ranks, strict=True))
 
 
-def check(matrices: Sequence[tuple[tuple[int, int], int]], share: float, floor: float) -> None:
-    """Raises UsageError for shares that cannot be, of matrices whose shapes and bytes of a number are known."""
+def check_shares(share: float, floor: float) -> None:
+    """Raises UsageError for shares that cannot be, whatever the matrices."""
     if not 0.0 < share < 1.0:
         raise UsageError(f"a budget of {share:g}: it is a share of the chosen weights' bytes, above 0 and below 1")
     if not 0.0 <= floor <= share:
         raise UsageError(f"a floor of {floor:g}: each layer's least share lies between 0 and the budget, {share:g}")
+
+
+def check(matrices: Sequence[tuple[tuple[int, int], int]], share: float, floor: float) -> None:
+    """Raises UsageError for shares that cannot be, of matrices whose shapes and bytes of a number are known."""
+    check_shares(share, floor)
     least = sum((sum(shape) if largest_saving(shape) else shape[0] * shape[1]) * size for shape, size in matrices)
     whole = sum(shape[0] * shape[1] * size for shape, size in matrices)
     if least > share * whole:

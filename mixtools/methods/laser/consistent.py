@@ -14,6 +14,7 @@ def expect_consistent(
     damping: float = 1e-4, routed: bool = False, exact: bool = False, max_shard_size: str | int = 0, **_: Any,
 ) -> None:  # fmt: skip
     """Raises UsageError for options of `laser` that contradict each other, or a value that is none."""
+    from .budget import check_shares
     from .selection import Options
 
     parse_size(max_shard_size, "max_shard_size")
@@ -32,11 +33,10 @@ def expect_consistent(
         raise UsageError(f"--budget chooses the ranks itself: leave out --{'search' if search else 'rank-rule'}")
     if budget is None and layer_floor is not None:
         raise UsageError("--layer-floor bounds each layer's share of --budget; give it with one")
-    if budget is not None and not 0 < budget < 1:
-        raise UsageError(f"--budget {budget:g}: a share of the chosen weights' bytes, above 0 and below 1")
-    if budget is not None and layer_floor is not None and not 0 <= layer_floor <= budget:
-        raise UsageError(f"--layer-floor {layer_floor:g}: it lies between 0 and the budget, {budget:g}")
     if search is not None and sequential:
         raise UsageError("--search judges each edit on the source's own inputs: leave out --sequential")
-    options = Options("all", rank_rule=rank_rule, exact=exact, norm=norm, damping=damping, budget=budget)
+    options = Options("all", rank_rule=rank_rule, exact=exact, norm=norm, damping=damping, budget=budget,
+                      layer_floor=layer_floor)  # fmt: skip
+    if budget is not None:
+        check_shares(budget, options.floor)
     options.method.require(text is not None)

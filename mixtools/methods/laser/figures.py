@@ -106,7 +106,8 @@ def figures(
     found: Spectrum, bulk: Bulk, rank: int, lost: FloatArray | None, *, weighted: WeightedSpectrum | None = None
 ) -> Report:
     """The report of one matrix at a rank. `found`: its own spectrum; `lost`: its output errors by rank; `weighted`: the
-    output's norm, where that is the one asked for.
+    output's norm, where that is the one asked for. `energy` is that of the weights' own best, `layer_error` not known:
+    who has vectors puts them in.
     """
     energies = found.tail
     note = _low_rank_note(found)
@@ -132,7 +133,7 @@ def figures(
         note=note,
         norm=WEIGHTS if weighted is None else OUTPUT,
         damping=None if weighted is None else weighted.damping,
-        layer_error=None if lost is None or weighted is not None else float(lost[rank]),
+        layer_error=None,
         spectrum=found.values,
         curves=Curves(ranks, sampled, damped=weighted is not None),
         choices=_choices(found, bulk, lost, weighted),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,17 +20,9 @@ from ...verbs import Forecast
 from .figures import OUTPUT
 from .method import Options as Method
 from .results import tell_forecast
-from .selection import Options, role_counts
+from .selection import Asked, role_counts
 
 BASE_MEMORY = 450_000_000  # the interpreter with torch and scipy
-
-
-class Asked(NamedTuple):
-    """Which matrices, and what becomes of them."""
-
-    source: Checkpoint
-    slots: list[Slot]
-    options: Options
 
 
 def threads_within(limit: int | None, asked: Asked, jobs: int, *, calibrated: bool) -> int:
@@ -89,7 +81,7 @@ def memory_bytes(source: Checkpoint, slots: Sequence[Slot], method: Method, cali
 
 def _squares(method: Method, calibrated: bool) -> int:
     """Matrices [p, p] of fp64 at once."""
-    if method.norm == OUTPUT:
+    if method.norm == OUTPUT:  # L and the form beside what follows, of which `look` takes all vectors
         return 8
     # reflectors, their copy, and half of all vectors three times over (all vectors with a covariance)
     return 6 if calibrated else 4

@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ...formats import Factored, Packed, Plain
 from ...linalg.bulk import Bulk
 from ...linalg.output import Covariance, output_errors
-from ...linalg.rules import Activation, MarchenkoPastur, RankRule, ThresholdRule, parse_rule
+from ...linalg.rules import MarchenkoPastur, RankRule, ThresholdRule, parse_rule
 from ...linalg.spectrum import Decomposition, FloatArray, Spectrum, decompose, spectrum
 from ...linalg.weighted import DAMPING, Weighted, WeightedSpectrum, decompose_weighted, weighted_spectrum
 from ...storage.dtypes import DType
@@ -119,9 +119,8 @@ class Analysis:
 
         Raises TensorError for a covariance that does not fit.
         """
-        if isinstance(self.best, Weighted):
-            return self.best.tail
-        if self.asked == OUTPUT:  # no token came: its own energy stands for the output's
+        if isinstance(self.best, Weighted) or self.asked == OUTPUT:
+            # without a token, its own energy stands for the output's
             return self.best.tail
         return None if self.covariance is None else output_errors(self.best, self.covariance)
 
@@ -142,14 +141,12 @@ class Analysis:
         return None if self.asked == OUTPUT or self.lost is None else float(self.lost[rank])
 
     def report(self, rank: int) -> Report:
-        best = self.best
-        if isinstance(best, Weighted):
-            known = figures(best.own, self.bulk, rank, None, weighted=best)
-            energy = 1.0 - best.weight_error(rank)
+        if isinstance(self.best, Weighted):
+            known = figures(self.own, self.bulk, rank, None, weighted=self.best)
+            known = replace(known, energy=1.0 - self.best.weight_error(rank))
         else:
-            known = figures(best, self.bulk, rank, None if self.asked == OUTPUT else self.lost)
-            energy = known.energy
-        return replace(known, energy=energy, layer_error=self.layer_error(rank))
+            known = figures(self.own, self.bulk, rank, None if self.asked == OUTPUT else self.lost)
+        return replace(known, layer_error=self.layer_error(rank))
 
     def project(self, rank: int) -> Tensor:
         """The weight at this rank, [out, in] in its dtype; at full rank as it was, bit for bit."""
@@ -186,16 +183,20 @@ def encode(weight: Tensor, options: Options, covariance: Covariance | None = Non
 
 def analyse(weight: Tensor, options: Options, covariance: Covariance | None = None) -> Analysis:
     """In the norm of `options`; in that of the weights if no token gives the output's. Raises as `encode`."""
-    if options.norm == OUTPUT and covariance is not None and not covariance.empty:
-        return Analysis(decompose_weighted(weight, covariance, options.damping), covariance, OUTPUT)
+    if options.norm == OUTPUT and (seen := _with_tokens(covariance)) is not None:
+        return Analysis(decompose_weighted(weight, seen, options.damping), seen, OUTPUT)
     return Analysis(decompose(weight, exact=options.exact), covariance, options.norm)
 
 
 def spectrum_in_norm(weight: Tensor, options: Options, covariance: Covariance | None = None) -> Spectrum:
     """Of the norm of `options`, the values alone, without vectors; in that of the weights where no token came."""
-    if options.norm == OUTPUT and covariance is not None and not covariance.empty:
-        return weighted_spectrum(weight, covariance, options.damping)
+    if options.norm == OUTPUT and (seen := _with_tokens(covariance)) is not None:
+        return weighted_spectrum(weight, seen, options.damping)
     return spectrum(weight, exact=options.exact)
+
+
+def _with_tokens(covariance: Covariance | None) -> Covariance | None:
+    return None if covariance is None or covariance.empty else covariance
 
 
 def scan(weight: Tensor, options: Options) -> Report:
@@ -220,31 +221,22 @@ def report_of(found: Spectrum, options: Options, rank: int | None = None) -> Rep
 def look(weight: Tensor, options: Options, covariance: Covariance) -> Report:
     """Both norms in full: every rank's error of either approximation in either norm, and each rule's choice.
 
-    At the rank of the rule in the norm of `options`. Raises as `encode`.
+    `options` are of the output's norm. Raises as `encode`.
     """
-    own = decompose(weight, exact=options.exact)
-    energies = own.tail
     if covariance.empty:
-        unseen = Analysis(own, covariance, options.norm)
-        return unseen.report(unseen.rank(options.rank_rule))
-    lost = output_errors(own, covariance)
-    bulk = Bulk.of(own)
-    del own
-    analysis = analyse(weight, replace(options, norm=OUTPUT, rank_rule=Activation(0.01), exact=False), covariance)
-    assert isinstance(analysis.best, Weighted)
-    errors, weight_errors = analysis.best.errors(), analysis.best.weight_errors()
-    rule = options.rank_rule
-    rank = analysis.rank(rule) if options.norm == OUTPUT else rule.rank(analysis.own, bulk, lost)
-    found = figures(analysis.own, bulk, rank, lost, weighted=analysis.best)
-    curves = Curves(
-        tuple(range(found.of + 1)),
-        {WEIGHTS: {WEIGHTS: energies, OUTPUT: lost}, OUTPUT: {WEIGHTS: weight_errors, OUTPUT: errors}},
-    )
-    chosen = (weight_errors, errors) if options.norm == OUTPUT else (energies, lost)
-    return replace(
-        found, norm=options.norm, energy=1.0 - float(chosen[0][rank]), layer_error=float(chosen[1][rank]),
-        damping=found.damping if options.norm == OUTPUT else None, curves=curves,
-    )  # fmt: skip
+        analysis = analyse(weight, options, covariance)
+        return analysis.report(analysis.rank(options.rank_rule))
+    own = decompose(weight)
+    by_own = {WEIGHTS: own.tail, OUTPUT: output_errors(own, covariance)}
+    del own  # its vectors are as large as what comes
+    best = decompose_weighted(weight, covariance, options.damping)
+    by_best = {WEIGHTS: best.weight_errors(), OUTPUT: best.errors()}
+    analysis = Analysis(best, covariance, OUTPUT)
+    rank = analysis.rank(options.rank_rule)
+    found = figures(best.own, analysis.bulk, rank, by_own[OUTPUT], weighted=best)
+    curves = Curves(tuple(range(found.of + 1)), {WEIGHTS: by_own, OUTPUT: by_best})
+    energy, error = 1.0 - float(by_best[WEIGHTS][rank]), float(by_best[OUTPUT][rank])
+    return replace(found, energy=energy, layer_error=error, curves=curves)
 
 
 def factored(dtype: DType, rank: int) -> Factored:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...config import MixtralConfig
 from ...errors import UsageError
+from ...layouts.checkpoint import Checkpoint
 from ...linalg.weighted import DAMPING
 from ...names import ATTENTION, EXPERT, Slot
 from .figures import OUTPUT, WEIGHTS
@@ -74,6 +75,14 @@ class Options:
 
 
 _ALWAYS = ("layers", "targets", "experts", "rank_rule", "factored", "exact", "norm")
+
+
+class Asked(NamedTuple):
+    """Which matrices, and what becomes of them."""
+
+    source: Checkpoint
+    slots: list[Slot]
+    options: Options
 
 
 def select(config: MixtralConfig, options: Options) -> list[Slot]:

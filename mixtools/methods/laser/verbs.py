@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ...job import Job, Run
     from ...layouts.checkpoint import Checkpoint
     from ...names import Slot
-    from .forecast import Asked
-    from .selection import Options
+    from .selection import Asked, Options
     from .survey import Survey
 
 ALL_TARGETS = "w1,w2,w3,q,k,v,o"
@@ -118,8 +117,8 @@ def laser(
     )  # fmt: skip
     from ...job import Run
     from ...storage.output import expect_free
-    from .forecast import Asked, forecast, threads_within
-    from .selection import Options
+    from .forecast import forecast, threads_within
+    from .selection import Asked, Options
 
     options = Options(
         layers, targets, experts, rank_rule, factored, exact, norm, damping, budget, layer_floor, sequential, routed,
@@ -133,19 +132,15 @@ def laser(
         expect_free(Path(out), overwrite)
     texts = Texts(_path(text), _path(held_out), samples, seq_len)
     how = Run(overwrite, resume, threads, machine.progress)
-    notes: list[str] = []
     if search and not dry_run:
         job = _search_job(checkpoint, options, (search, margin, rank_rule), texts, machine)
-    else:
-        calibration = None
-        if not search:
-            calibration, notes = _calibration(checkpoint, slots, texts, machine, options)
-        if dry_run:
-            return forecast(asked, threads, calibration, rebuild=True, search=search)
-        with closing(calibration) if calibration else nullcontext():
-            job = _job(asked, calibration, machine, Path(out), how)
-            return _carry_out(job, Path(out), how, notes, began)
-    return _carry_out(job, Path(out), how, notes, began)
+        return _carry_out(job, Path(out), how, [], began)
+    calibration, notes = (None, []) if search else _calibration(checkpoint, slots, texts, machine, options)
+    if dry_run:
+        return forecast(asked, threads, calibration, rebuild=True, search=search)
+    with _closing(calibration):
+        job = _job(asked, calibration, machine, Path(out), how)
+        return _carry_out(job, Path(out), how, notes, began)
 
 
 def spectrum(
@@ -172,8 +167,8 @@ def spectrum(
     check_device(device)
     from . import report as pages
     from . import survey
-    from .forecast import Asked, forecast, threads_within
-    from .selection import Options
+    from .forecast import forecast, threads_within
+    from .selection import Asked, Options
     from .worker import Worker
 
     expect_consistent(text=text, rank_rule=rank_rule, norm=norm, exact=exact, damping=damping, routed=routed)
@@ -193,12 +188,17 @@ def spectrum(
     if (rank := options.method.fixed_rank) is not None:
         survey.fixed_survey(checkpoint, slots, rank)
     began = time.monotonic()
-    worker = Worker(checkpoint, options.method, find_device(device), calibration)
-    rows = survey.survey(worker, slots, machine.progress).rows
+    with _closing(calibration):
+        worker = Worker(checkpoint, options.method, find_device(device), calibration)
+        rows = survey.survey(worker, slots, machine.progress).rows
     report = pages.document(checkpoint.layout.name, {"laser": options.document(), **record}, list(rows.values()))
     if folder is not None:
         _write(folder, pages.documents(report))
     return Seen(folder, report, round(time.monotonic() - began, 3), peak_memory(), tuple(notes))
+
+
+def _closing(calibration: Calibration | None) -> AbstractContextManager[object]:
+    return closing(calibration) if calibration else nullcontext()
 
 
 def _path(name: str | Path | None) -> Path | None:
@@ -242,7 +242,7 @@ def _surveyed(asked: Asked, calibration: Calibration | None, machine: Machine, f
     worker = Worker(source, options.method, find_device(machine.device), given)
     files = [file.fingerprint() for file in source.store.sources]
     key = {"mixtools": __version__, "laser": options.survey_document(), "calibration": text, "source": files}
-    with Findings(folder, key, overwrite=how.overwrite, resume=how.resume) as kept:
+    with Findings(folder, key, overwrite=how.overwrite, resume=how.resume) as kept, _closing(given):
         if options.budget is not None:
             return survey.budget_survey(worker, slots, (options.budget, options.floor), machine.progress, kept)
         looks = survey.rank_survey if options.norm == OUTPUT else survey.survey

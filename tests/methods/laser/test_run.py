@@ -457,7 +457,7 @@ def test_an_expert_that_no_token_reached_stays_whole(nano: Checkpoint, text: cal
     worker = Worker(nano, method.Options.parse("activation=0.5"), torch.device("cpu"), calibration)
     analysis = worker.analyse(W2)
     assert worker.rank(W2, analysis) < 256
-    unseen = method.Analysis(analysis.best, method.Covariance(torch.zeros(256, 256), tokens=0))  # type: ignore[arg-type]
+    unseen = method.Analysis(analysis.best, method.Covariance(torch.zeros(256, 256), tokens=0))
     assert worker.rank(W2, unseen) == 256
 
 

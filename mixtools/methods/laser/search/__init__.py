@@ -72,7 +72,7 @@ def search(
     layers = [int(slot.layer or 0) for _, slot in ordered] or [int(slot.layer or 0) for slot in slots]
     bench = Bench(
         reader, text, layers, batch=options.batch, device=device, dtype=dtype, max_memory=max_memory,
-        progress=progress, spill=spill, method=options.analysis(), routed=options.routed,
+        progress=progress, spill=spill, method=options.for_matrix(), routed=options.routed,
     )  # fmt: skip
     try:
         if options.method == "laserrmt":

@@ -48,13 +48,13 @@ class SearchOptions:
         """Raises UsageError for what cannot be."""
         if self.method not in METHODS:
             raise UsageError(f"search {self.method!r} is not one of {', '.join(METHODS)}")
-        self.analysis()
+        self.for_matrix()
         if self.norm == OUTPUT and self.method != "gain":
             raise UsageError("--search laserrmt is LaserRMT's way, in the weights' norm: leave out --norm output")
         if not self.rules:
             raise UsageError("a search needs at least one rank rule")
         for rule in self.rules:
-            self.analysis(rule)
+            self.for_matrix(rule)
         if not 0.0 < self.max_error <= 1.0:
             raise UsageError(f"search: max_error={self.max_error:g} is a share of the output's energy, above 0 up to 1")
         if not (math.isfinite(self.margin) and self.margin >= 0):
@@ -67,7 +67,7 @@ class SearchOptions:
     def rules(self) -> tuple[str, ...]:
         return _RULES.get(self.norm, ()) if self.rank_rules is None else self.rank_rules
 
-    def analysis(self, rule: str = "activation=0.1") -> Options:
+    def for_matrix(self, rule: str = "activation=0.1") -> Options:
         """How one matrix is decomposed. Raises UsageError for a norm, a damping or a rule that cannot be."""
         return Options.parse(rule, norm=self.norm, damping=self.damping)
 

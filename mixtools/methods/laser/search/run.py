@@ -81,7 +81,7 @@ def plan_search(
             stream = Stream(source, device, dtype, max_memory=max_memory, progress=progress)
             text = Text(tuple(asked.text.sequences), {})
             calibration = Calibration(stream, text, list(ranks), asked.options.routed)
-        worker = Worker(source, asked.options.analysis(), device, calibration)
+        worker = Worker(source, replace(asked.options.for_matrix(), exact=options.exact), device, calibration)
         edit = Edit(worker, options, Survey(ranks, {}))
         return [edit.work(slot) for slot in ranks]
 
