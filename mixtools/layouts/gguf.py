@@ -1,0 +1,40 @@
+"""GGUF's names: G (experts stacked, since April 2024) and G' (a tensor an expert, December 2023 to then).
+
+Rows of q and k lie as in the torrent, rotary pairs adjacent: llama.cpp rotates neighbours. Source: tensor_mapping.py
+and constants.py of gguf-py in https://github.com/ggml-org/llama.cpp; the old names are those of its commit 799a1cb.
+"""
+
+from __future__ import annotations
+
+from ..names import Role
+from .table import Layout, Op, Rule
+
+_BLOCK = "blk.{layer}."
+_COMMON = {
+    Role.EMBED: Rule("token_embd.weight"),
+    Role.ATTENTION_NORM: Rule(_BLOCK + "attn_norm.weight"),
+    Role.Q: Rule(_BLOCK + "attn_q.weight", Op.ROTARY),
+    Role.K: Rule(_BLOCK + "attn_k.weight", Op.ROTARY),
+    Role.V: Rule(_BLOCK + "attn_v.weight"),
+    Role.O: Rule(_BLOCK + "attn_output.weight"),
+    Role.FFN_NORM: Rule(_BLOCK + "ffn_norm.weight"),
+    Role.ROUTER: Rule(_BLOCK + "ffn_gate_inp.weight"),
+    Role.NORM: Rule("output_norm.weight"),
+    Role.HEAD: Rule("output.weight"),
+}
+_STACKED = {
+    **_COMMON,
+    Role.GATE: Rule(_BLOCK + "ffn_gate_exps.weight", stack=1),
+    Role.DOWN: Rule(_BLOCK + "ffn_down_exps.weight", stack=1),
+    Role.UP: Rule(_BLOCK + "ffn_up_exps.weight", stack=1),
+}
+_EACH = {
+    **_COMMON,
+    Role.GATE: Rule(_BLOCK + "ffn_gate.{expert}.weight"),
+    Role.DOWN: Rule(_BLOCK + "ffn_down.{expert}.weight"),
+    Role.UP: Rule(_BLOCK + "ffn_up.{expert}.weight"),
+}
+_BUFFERS = ("rope_freqs.weight",)
+
+GGUF = Layout("G", "gguf", "GGUF", _STACKED, _BUFFERS)
+GGUF_2023 = Layout("G'", "gguf-2023", "GGUF of before April 2024 (a tensor an expert)", _EACH, _BUFFERS)
