@@ -2,6 +2,7 @@
 
     units ─► threads ─► regions of the output, each with its line in the journal ─► report, manifest ─► commit
       └ regions, and what makes their blocks: copied, decoded, quantized, ...
+    fans  ─► the same for several outputs at once, each slot of the source being read for all of them
 
 It knows no method, no layout and no copying: whoever plans a job gives it its units, those that copy included
 (conversion.py). Nothing else writes an output.
@@ -9,6 +10,7 @@ It knows no method, no layout and no copying: whoever plans a job gives it its u
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -58,6 +60,60 @@ class Unit(NamedTuple):
     slots: tuple[Slot, ...] = ()
 
 
+class Target(NamedTuple):
+    """Where a slot goes in one of several outputs, and how its blocks are stored there."""
+
+    output: Output
+    region: Region
+    encode: Callable[[Bits], Bits]
+
+
+class Fan(NamedTuple):
+    """A slot that goes into several outputs: its blocks are made once."""
+
+    targets: tuple[Target, ...]
+    blocks: Callable[[], Iterator[Bits]]
+    slots: tuple[Slot, ...]
+
+    def is_pending(self) -> bool:
+        return any(region not in output.done for output, region, _ in self.targets)
+
+    def write(self) -> Iterator[int]:
+        """Bytes as they are written; a region counts when it is whole."""
+        pending = [target for target in self.targets if target.region not in target.output.done]
+        writings = [output.begin(region) for output, region, _ in pending]
+        for block in self.blocks():
+            for writing, target in zip(writings, pending, strict=True):
+                writing.write(target.encode(block))
+            yield 0
+        for writing in writings:
+            yield writing.finish()
+
+
+class Bound(NamedTuple):
+    """A unit with the one output that it writes."""
+
+    unit: Unit
+    output: Output
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self.unit.slots
+
+    def is_pending(self) -> bool:
+        return not self.output.done.keys() >= {*self.unit.regions}
+
+    def write(self) -> Iterator[int]:
+        for region, blocks in zip(self.unit.regions, self.unit.make(self.output), strict=True):
+            if region in self.output.done:
+                continue
+            writing = self.output.begin(region)
+            for block in blocks:
+                writing.write(block)
+                yield 0
+            yield writing.finish()
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a job reads: files that are read once, in `folder`, which cannot be the output.
@@ -97,6 +153,7 @@ class Job:
     reports: tuple[str, ...] = ()
     title: str = ""
     label: str = "converting"
+    shared: bool = False  # its files lie beside others' in the output's folder
     jobs: int | None = None  # threads at most
     base_bytes: int = BARE
     worker_bytes: int = 0
@@ -108,43 +165,87 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     Raises the errors of storage.output and of the units. An interrupted or failed run leaves its work in
     `folder`/.mixtools, and the same call continues it to the same bytes.
     """
+    return run_together(
+        [job], folder, lambda outputs: [Bound(unit, outputs[0]) for unit in job.units(outputs[0])], how
+    )[0]
+
+
+def run_together(
+    jobs: Sequence[Job], folder: Path, tasks: Callable[[Sequence[Output]], Sequence[Bound | Fan]],
+    how: Run | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """As `run`, of jobs with the same inputs in one folder; `tasks`, from their outputs, writes all of them."""
     how = how or Run()
-    if job.inputs.folder.resolve() == folder.resolve():
-        raise UsageError("the output is the source's own folder; name another", file=folder)
-    _expect_apart(job, folder)
+    inputs = jobs[0].inputs
+    for job in jobs:
+        _expect_apart(job, folder)
+    with contextlib.ExitStack() as stack:
+        outputs: list[Output] = []
+        for job in jobs:
+            reserved = sum(output.needed_bytes for output in outputs)
+            outputs.append(stack.enter_context(_open(job, folder, how, reserved)))
+        pending = tasks(outputs)
+        for file in inputs.files:
+            file.read_once()
+        resumed = [output.done_bytes for output in outputs]
+        earlier = [slot for task in pending if not task.is_pending() for slot in task.slots]
+        how.progress.start(jobs[0].label, sum(map(_bytes, jobs)))
+        how.progress.advance(sum(resumed))
+        write_tasks(pending, replace(how, jobs=min(how.jobs, jobs[0].jobs or how.jobs)))
+        inputs.finish(earlier)
+        how.progress.finish()
+        for job, output in zip(jobs, outputs, strict=True):
+            _commit(job, output)
+    return [
+        {
+            "tensors": len(job.plan.tensors), "bytes": _bytes(job), "resumed_bytes": before,
+            "missing": list(job.missing), "not_kept": list(job.not_kept),
+        }
+        for job, before in zip(jobs, resumed, strict=True)
+    ]  # fmt: skip
+
+
+def _bytes(job: Job) -> int:
+    return sum(tensor.nbytes for tensor in job.plan.tensors.values())
+
+
+def _open(job: Job, folder: Path, how: Run, reserved: int) -> Output:
     key = {"mixtools": __version__, **job.record, "source": [file.fingerprint() for file in job.inputs.files]}
     names = [*job.documents, *job.last, *job.reports, *ENCLOSED.get(), manifest.NAME]
-    with Output(
-        folder, job.plan, key, names=names, overwrite=how.overwrite, resume=how.resume, progress=how.progress
-    ) as output:
-        units = job.units(output)
-        for file in job.inputs.files:
-            file.read_once()
-        total = sum(tensor.nbytes for tensor in job.plan.tensors.values())
-        resumed = output.done_bytes
-        earlier = [slot for unit in units if output.done.keys() >= {*unit.regions} for slot in unit.slots]
-        how.progress.start(job.label, total)
-        how.progress.advance(resumed)
-        write_units(units, output, replace(how, jobs=min(how.jobs, job.jobs or how.jobs)))
-        job.inputs.finish(earlier)
-        how.progress.finish()
-        report = job.report(output) if job.report else {}
-        origin = {"mixtools": __version__, **job.record, "source": job.inputs.about}
-        checksums = output.checksums()
-        output.commit(
-            {**job.documents, **report, **ENCLOSED.get()}, job.last,
-            lambda files: manifest.encode(origin, files, checksums),
-        )  # fmt: skip
-    done = {"tensors": len(job.plan.tensors), "bytes": total, "resumed_bytes": resumed}
-    return {**done, "missing": list(job.missing), "not_kept": list(job.not_kept)}
+    return Output(
+        folder, job.plan, key, names=names, overwrite=how.overwrite, resume=how.resume, progress=how.progress,
+        shared=job.shared, reserved=reserved,
+    )  # fmt: skip
+
+
+def _commit(job: Job, output: Output) -> None:
+    report = job.report(output) if job.report else {}
+    origin = {"mixtools": __version__, **job.record, "source": job.inputs.about}
+    checksums = output.checksums()
+
+    def record(files: Mapping[str, manifest.File]) -> bytes:
+        if job.shared:
+            return manifest.encode_beside(output.folder, origin, files, checksums)
+        return manifest.encode(origin, files, checksums)
+
+    output.commit({**job.documents, **report, **ENCLOSED.get()}, job.last, record)
 
 
 def _expect_apart(job: Job, folder: Path) -> None:
     """A source of links may have its files in the folder that is replaced. Raises UsageError."""
+    sources = [path for file in job.inputs.files for path in file.paths]
+    if job.shared:
+        written = {(folder / file.name).resolve() for file in job.plan.files}
+        for path in sources:
+            if path.resolve() in written:
+                raise UsageError("is the source itself; name another output", file=path)
+        return
+    if job.inputs.folder.resolve() == folder.resolve():
+        raise UsageError("the output is the source's own folder; name another", file=folder)
     if not folder.is_dir():
         return
     copied = [path for path in job.documents.values() if isinstance(path, Path)]
-    for path in (*copied, *(path for file in job.inputs.files for path in file.paths)):
+    for path in (*copied, *sources):
         if path.resolve().parent == folder.resolve():
             raise UsageError(f"is a file of the source, which links to it; name another output than {folder}",
                              file=path.resolve())  # fmt: skip
@@ -169,25 +270,20 @@ def lost(missing: Sequence[str], not_kept: Sequence[str]) -> Iterator[str]:
         yield f"note: the output cannot hold {', '.join(not_kept)}"
 
 
-def write_units(units: Iterable[Unit], output: Output, how: Run) -> None:
+def write_tasks(tasks: Iterable[Bound | Fan], how: Run) -> None:
     """Those that are not yet written, on `jobs` threads, begun in order; the first error stops them all."""
     stop = threading.Event()
 
-    def until_stopped(blocks: Iterator[Bits]) -> Iterator[Bits]:
-        for block in blocks:
+    def one(task: Bound | Fan) -> None:
+        if stop.is_set() or not task.is_pending():
+            return
+        for written in task.write():
+            how.progress.advance(written)
             if stop.is_set():
                 raise Interrupted("stopped; the same command continues")
-            yield block
-
-    def one(unit: Unit) -> None:
-        if output.done.keys() >= {*unit.regions} or stop.is_set():
-            return
-        for region, blocks in zip(unit.regions, unit.make(output), strict=True):
-            if region not in output.done:
-                how.progress.advance(output.add(region, until_stopped(blocks)))
 
     with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
-        futures = [pool.submit(one, unit) for unit in units]
+        futures = [pool.submit(one, task) for task in tasks]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -14,11 +14,12 @@ from typing import Any
 
 from .base import Format, Packed, Part, Stored
 from .factored import Factored
+from .ggml import Ggml
 from .plain import Plain
 
-__all__ = ["FORMATS", "SUFFIXES", "Factored", "Format", "Packed", "Part", "Plain", "Stored", "claims", "detect"]
+__all__ = ["FORMATS", "SUFFIXES", "Factored", "Format", "Ggml", "Packed", "Part", "Plain", "Stored", "claims", "detect"]
 
-FORMATS: Sequence[type[Format]] = (Factored, Plain)  # the first that recognises what is stored is the one
+FORMATS: Sequence[type[Format]] = (Factored, Ggml, Plain)  # the first that recognises what is stored is the one
 SUFFIXES = tuple(dict.fromkeys(suffix for kind in FORMATS for suffix in kind.suffixes))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..storage.dtypes import DType
+from ..storage.store import Bits
 
 if TYPE_CHECKING:  # torch takes over a second to import, and copying bytes does not need it
     from torch import Tensor
@@ -34,6 +35,7 @@ class Format(Protocol):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of all its parts; the first is always there
+    by_rows: ClassVar[bool]  # it has one part, and each stored row is by itself a row of the matrix
 
     @property
     def dtype(self) -> DType:
@@ -46,6 +48,10 @@ class Format(Protocol):
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The dense matrix [out, in] in `dtype`: the same bits on every machine and with any number of threads."""
+        ...
+
+    def decode_rows(self, bits: Bits) -> Bits:
+        """Stored rows [rows, words] as dense ones [rows, columns] in `dtype`; where it is `by_rows`."""
         ...
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..storage.dtypes import DType
+from ..storage.store import Bits
 from .base import Part, Stored
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ class Plain:
 
     name: ClassVar[str] = "plain"
     suffixes: ClassVar[tuple[str, ...]] = ("weight",)
+    by_rows: ClassVar[bool] = True
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", self.dtype, shape),)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
+
+    def decode_rows(self, bits: Bits) -> Bits:
+        return bits
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ import numpy as np
 
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
-from ..formats import SUFFIXES, Format, Part, Plain, Stored, detect
+from ..formats import SUFFIXES, Format, Ggml, Part, Plain, Stored, detect
 from ..names import Role, Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import Bits, Entry, Store, from_tensor, to_tensor
+from .gguf import About
 from .reader import Spec
 from .table import Layout, Op, Piece, to_canonical
 
@@ -32,7 +33,8 @@ class Checkpoint:
 
     `problems` is empty unless it was opened leniently. `document`: config.json or params.json as it lies there, with
     all that `config` does not know. `tied`: head and embedding are the same, whether one of them is stored or both;
-    reading either gives the tensor. `remarks`: what a user should know and need not mend.
+    reading either gives the tensor. `remarks`: what a user should know and need not mend. `dense`: what blocks are
+    decoded to. `gguf`: of a GGUF its file type and metadata.
     """
 
     folder: Path
@@ -43,6 +45,8 @@ class Checkpoint:
     document: Mapping[str, Any] = field(default_factory=dict)
     tied: bool = False
     remarks: tuple[str, ...] = ()
+    dense: DType = DType.BF16
+    gguf: About | None = None
 
     def slots(self) -> Iterator[Slot]:
         return self.config.slots()
@@ -64,7 +68,7 @@ class Checkpoint:
         piece = self.piece(slot)
         if (found := _format(piece, self.store)) is None:
             raise LayoutError("is missing", file=self.folder, tensor=piece.name)
-        return found
+        return replace(found, dtype=self.dense) if isinstance(found, Ggml) else found
 
     def piece(self, slot: Slot) -> Piece:
         return self.layout.piece(slot, self.config)
@@ -75,11 +79,13 @@ class Checkpoint:
         `granule`: each run but the last is a multiple of so many rows; 0 gives the tensor in one run.
         A block is valid until the next is asked for (its buffer is used again).
         """
-        if not isinstance(self.format(slot), Plain):
+        format = self.format(slot)
+        if not format.by_rows:
             yield from self._decoded(slot, max_bytes, granule)
             return
         name, _, start, stop, op = self.piece(slot)
         entry = self.store.entries[name]
+        row_bytes = format.dtype.row_bytes(entry.shape[-1])
         asked, granule = (
             granule,
             math.lcm(granule, self.layout.granule(slot, self.config)),
@@ -88,11 +94,11 @@ class Checkpoint:
             granule = 0
         step = stop - start
         if granule:
-            step = min(step, max(1, max_bytes // (entry.row_bytes * granule)) * granule)
-        buffer = np.empty((step, entry.row_bytes // entry.dtype.itemsize), f"u{entry.dtype.itemsize}")
+            step = min(step, max(1, max_bytes // (row_bytes * granule)) * granule)
+        buffer = np.empty((step, entry.row_bytes // entry.dtype.word), f"u{entry.dtype.word}")
         for at in range(start, stop, step):
             end = min(at + step, stop)
-            bits = self.store.read_rows(name, at, end, out=buffer[: end - at])
+            bits = format.decode_rows(self.store.read_rows(name, at, end, out=buffer[: end - at]))
             if op is Op.TRANSPOSE:  # from memory, in strips: a second whole would cost more than their narrow reads
                 for part in _parts(bits.shape[1], bits.shape[0] * entry.dtype.itemsize, _STRIP * max_bytes, asked):
                     yield to_canonical(op, bits[:, part], self.config.head_dim)
@@ -132,9 +138,23 @@ class Checkpoint:
     def _read_sizes(self, slot: Slot) -> Iterator[tuple[Entry, int]]:
         """The stored tensors that a reading of the slot reads, and how many bytes of each."""
         _, _, start, stop, _ = self.piece(slot)
-        plain = isinstance(self.format(slot), Plain)
+        by_rows = self.format(slot).by_rows
         for entry in self.parts(slot):
-            yield entry, (stop - start) * entry.row_bytes if plain else entry.nbytes
+            yield entry, (stop - start) * entry.row_bytes if by_rows else entry.nbytes
+
+    @property
+    def beside(self) -> Path:
+        """The folder of the documents: the weights' own, or of a GGUF one that its metadata has been written out to.
+
+        Raises TokenizerError for a vocabulary that cannot be.
+        """
+        return self.folder if self.gguf is None else self.gguf.folder
+
+    @property
+    def quantization(self) -> str | None:
+        """The file type of a GGUF whose weights lie in blocks; None for a dense checkpoint."""
+        quantized = any(isinstance(self.format(slot), Ggml) for slot in self.slots())
+        return self.gguf.file_type if self.gguf is not None and quantized else None
 
     def main_dtype(self) -> DType:
         """Of the dense weights, that of most bytes."""

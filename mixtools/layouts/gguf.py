@@ -6,7 +6,17 @@ and constants.py of gguf-py in https://github.com/ggml-org/llama.cpp; the old na
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
 from ..names import Role
+from ..storage.gguf_values import Metadata
+from .gguf_config import file_type_name
 from .table import Layout, Op, Rule
 
 _BLOCK = "blk.{layer}."
@@ -34,7 +44,37 @@ _EACH = {
     Role.DOWN: Rule(_BLOCK + "ffn_down.{expert}.weight"),
     Role.UP: Rule(_BLOCK + "ffn_up.{expert}.weight"),
 }
-_BUFFERS = ("rope_freqs.weight",)
 
-GGUF = Layout("G", "gguf", "GGUF", _STACKED, _BUFFERS)
-GGUF_2023 = Layout("G'", "gguf-2023", "GGUF of before April 2024 (a tensor an expert)", _EACH, _BUFFERS)
+GGUF = Layout("G", "gguf", "GGUF", _STACKED)
+GGUF_2023 = Layout("G'", "gguf-2023", "GGUF of before April 2024 (a tensor an expert)", _EACH)
+
+
+@dataclass
+class About:
+    """What a GGUF says beside its weights. `document`: the config.json that its metadata stand for."""
+
+    file: Path
+    metadata: Metadata
+    document: Mapping[str, Any]
+
+    @property
+    def file_type(self) -> str:
+        """Q4_K_M, as the file calls itself."""
+        value = self.metadata.get("general.file_type")
+        return file_type_name(value.value if value is not None else None)
+
+    @cached_property
+    def folder(self) -> Path:
+        """A temporary folder of the documents that a folder of Hugging Face's has; it goes with this object.
+
+        Raises TokenizerError for a vocabulary that cannot be, as from_gguf.documents does.
+        """
+        from ..text.from_gguf import documents
+
+        files = documents(self.metadata, self.file)
+        folder = self._temporary = TemporaryDirectory(prefix="mixtools-gguf-")
+        for name, data in {**files, "config.json": json.dumps(self.document, indent=2).encode()}.items():
+            path = Path(folder.name) / name
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(data)
+        return Path(folder.name)

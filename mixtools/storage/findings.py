@@ -13,8 +13,7 @@ from typing import Any
 
 from . import journal
 from .disk import DiskErrors
-from .output import FINDINGS, claim, forget
-from .replacing import WORK
+from .place import FINDINGS, Place
 
 
 class Findings:
@@ -25,9 +24,10 @@ class Findings:
 
         Raises OutputExists, OutputLocked or DiskError.
         """
-        self.folder, self._work = folder, folder / WORK
+        self._place = Place(folder)
+        self.folder, self._work = folder, self._place.work
         self.found: dict[str, Any] = {}
-        self._file, self._lock = -1, claim(folder, overwrite)
+        self._file, self._lock = -1, self._place.claim(overwrite)
         try:
             with DiskErrors(folder):
                 lines = journal.read(self._work / FINDINGS) if resume else []
@@ -57,7 +57,7 @@ class Findings:
         self._file = self._lock = -1
         if not self.found:
             (self._work / FINDINGS).unlink(missing_ok=True)
-            forget(self._work, self.folder)
+            self._place.forget()
 
     def keep(self, name: str, found: Any) -> None:
         """`found` is ready for JSON. Raises DiskError."""

@@ -17,7 +17,17 @@ from .store import Entry, Record
 
 NAME = "mixtools.json"
 MAX_BYTES = 16 << 20
-KEYS = ("mixtools", "layout", "options", "source", "files", "crc32", "method")  # of every output; others are a method's
+OUTPUTS = "outputs"  # of a folder that several share: an entry for each
+KEYS = (
+    "mixtools",
+    "layout",
+    "options",
+    "source",
+    "files",
+    "crc32",
+    "method",
+    OUTPUTS,
+)  # of every output; others are a method's
 
 
 class File(NamedTuple):
@@ -30,18 +40,40 @@ class File(NamedTuple):
 
 def encode(origin: Mapping[str, Any], files: Mapping[str, File], tensors: Mapping[str, int]) -> bytes:
     """The document, without times or machine names: the same conversion gives the same bytes."""
+    return _text(_entry(origin, files, tensors))
+
+
+def encode_beside(
+    folder: Path, origin: Mapping[str, Any], files: Mapping[str, File], tensors: Mapping[str, int]
+) -> bytes:
+    """The document of a folder that several outputs share, with this one, named for its first file, beside the others.
+
+    Raises FormatError as `load` does.
+    """
+    others: dict[str, Any] = {}
+    if load(folder) is not None:
+        others = json.loads((folder / NAME).read_text("utf-8"))[OUTPUTS]
+    others = {name: entry for name, entry in others.items() if entry["files"].keys().isdisjoint(files)}
+    others[min(files)] = _entry(origin, files, tensors)
+    return _text({OUTPUTS: dict(sorted(others.items()))})
+
+
+def _entry(origin: Mapping[str, Any], files: Mapping[str, File], tensors: Mapping[str, int]) -> dict[str, Any]:
     told = {
         name: {"size": file.size, "sha256": file.sha256, **({"copied": True} if file.copied else {})}
         for name, file in files.items()
     }
-    document = {**origin, "files": told, "crc32": {name: f"{crc:08x}" for name, crc in tensors.items()}}
+    return {**origin, "files": told, "crc32": {name: f"{crc:08x}" for name, crc in tensors.items()}}
+
+
+def _text(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def load(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, `files` as File by name, its checksums as numbers; None without one.
 
-    Raises FormatError if it is not one of ours, InputError if it cannot be read.
+    Of a folder that several outputs share, `outputs` has these of each, and `files` are those of all. Raises FormatError if it is not one of ours, InputError if it cannot be read.
     """
     path = folder / NAME
     try:
@@ -50,15 +82,28 @@ def load(folder: Path) -> dict[str, Any] | None:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise FormatError(f"is no file of at most {MAX_BYTES} bytes", file=path)
         document = json.loads(path.read_text("utf-8"))
-        if not isinstance(document["files"], dict):
-            raise TypeError("files is no object")
-        document["files"] = {name: _file(told) for name, told in document["files"].items()}
-        document["crc32"] = {name: int(crc, 16) for name, crc in document["crc32"].items()}
-        return dict(document)
+        if OUTPUTS not in document:
+            return _read(document)
+        outputs = {name: _read(entry) for name, entry in document[OUTPUTS].items()}
+        together = {name: file for entry in outputs.values() for name, file in entry["files"].items()}
+        return {OUTPUTS: outputs, "files": together, "crc32": {}}
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=path) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"is not a manifest of mixtools ({error}); delete it to read on without", file=path) from None
+
+
+def _read(document: Any) -> dict[str, Any]:
+    if not isinstance(document["files"], dict):
+        raise TypeError("files is no object")
+    files = {name: _file(told) for name, told in document["files"].items()}
+    return {**document, "files": files, "crc32": {name: int(crc, 16) for name, crc in document["crc32"].items()}}
+
+
+def of_output(document: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """Of a loaded manifest the part that tells of the output that `file` belongs to."""
+    outputs: Mapping[str, Mapping[str, Any]] = document.get(OUTPUTS, {})
+    return next((entry for entry in outputs.values() if file in entry["files"]), document)
 
 
 def _file(told: Any) -> File:
@@ -80,7 +125,8 @@ def with_checksums(folder: Path, entries: Iterable[Entry]) -> list[Entry]:
     found = []
     for entry in entries:
         file = entry.source.paths[0].name
-        written, crc = document["files"].get(file), document["crc32"].get(entry.name)
+        told = of_output(document, file)
+        written, crc = told["files"].get(file), told["crc32"].get(entry.name)
         if written is not None and written.size != entry.source.size:
             raise ChecksumError(
                 f"changed since mixtools wrote it; delete {NAME} beside it if that was on purpose",

@@ -1,8 +1,8 @@
-"""Output: a folder that is either absent, visibly unfinished, or whole.
+"""Output: a folder, or files in one, that is either absent, visibly unfinished, or whole.
 
-Everything is written in OUT/.mixtools/ under its final name; `commit` makes it durable and renames it into
-place, configuration and index last. The journal there lists what is written, with checksums, so that a killed
-run goes on where it stopped.
+Everything is written in a work folder (OUT/.mixtools/; place.py) under its final name; `commit` makes it durable and
+renames it into place, configuration and index last. The journal there lists what is written, with checksums, so that a
+killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from . import disk, journal, manifest, replacing
 from .crc import Ledger
 from .digest import Digest, of_file
 from .disk import DiskErrors
+from .place import FINDINGS, JOURNAL, LOCK, Place
 from .plan import FilePlan, Plan
-from .replacing import WORK, Stamp
+from .replacing import Stamp
 from .source import Source
 from .store import CHUNK, Bits, as_bytes
 from .writeback import WriteBehind, write_all
 
-JOURNAL = "journal.jsonl"
-FINDINGS = "findings.jsonl"  # of a run that had to look before it could plan: findings.py
-LOCK = "lock"
 Document = bytes | Path  # what is written, or the file of the source that is copied
 
 _GONE = Stamp(0, 0, 0)  # of a file that a commit has begun to remove
@@ -45,40 +43,65 @@ class Region(NamedTuple):
     start: int
 
 
+class Writing:
+    """A region on its way to the disk, from one thread."""
+
+    def __init__(self, output: Output, region: Region, part: WriteBehind, start: int) -> None:
+        self._output, self._region, self._part, self._start = output, region, part, start
+        self._at, self._crc = start, 0
+
+    def write(self, block: Bits) -> None:
+        """The bytes that follow. Raises DiskError."""
+        view = as_bytes(block)
+        for low in range(0, len(view), CHUNK):
+            chunk = view[low : low + CHUNK]
+            self._crc = zlib.crc32(chunk, self._crc)
+            with DiskErrors(self._output.folder):
+                self._part.write(chunk, self._at)
+            self._at += len(chunk)
+
+    def finish(self) -> int:
+        """Nothing follows; returns how many bytes there were. Raises DiskError."""
+        size = self._at - self._start
+        self._output.wrote(self._region, size, self._crc)
+        return size
+
+
 class Output:
     """Use as a context manager; leaving it without `commit` keeps the work folder for a resumed run."""
 
     def __init__(
         self, folder: Path, plan: Plan, key: Mapping[str, Any], *, names: Iterable[str] = (), overwrite: bool = False,
-        resume: bool = True, progress: Progress | None = None,
+        resume: bool = True, progress: Progress | None = None, shared: bool = False, reserved: int = 0,
     ) -> None:  # fmt: skip
         """Lock `folder` and prepare it, or continue the run with the same `key` found there.
 
-        `names`: of the documents that `commit` will be given, as far as they are known. Raises OutputExists,
-        OutputLocked or DiskError before anything is written.
+        `names`: of the documents that `commit` will be given, as far as they are known. `shared`: the folder holds
+        others' files beside the plan's. `reserved`: bytes of the disk that others of the same run will take. Raises OutputExists, OutputLocked or DiskError before anything is written.
         """
-        self.folder, self.plan, self.work = folder, plan, folder / WORK
+        self.place = Place(folder, tuple(file.name for file in plan.files) if shared else ())
+        self.folder, self.plan, self.work = folder, plan, self.place.work
         self.overwrite, self.progress = overwrite, progress or Silent()
         self.done: dict[Region, tuple[int, int]] = {}  # -> size, crc
         self.notes: dict[str, Any] = {}  # what was found while writing, for a report at the end
-        self._mutex = threading.Lock()
+        self._mutex, self._reserved = threading.Lock(), reserved
         self._committing = False
         self._old: dict[str, Stamp] = {}  # what goes when the new is whole
         self._sealed: dict[str, str] = {}  # SHA-256 of whole files
         self._hasher = ThreadPoolExecutor(1, "mixtools-digest")
         self._digests: dict[str, Digest] = {}
-        self._lock = claim(folder, overwrite)
+        self._lock = self.place.claim(overwrite)
         self._files: dict[str, int] = {}
         self._parts: dict[str, WriteBehind] = {}
         try:
             with DiskErrors(folder):
-                if overwrite and not _is_committing(self.work) and not is_empty(folder):
+                if overwrite and not self.place.is_committing():
                     written = [*(file.name for file in plan.files), *plan.index, *names]
-                    self._old = replacing.replaceable(folder, written, self.progress)
+                    self._old = self.place.replaceable(written, self.progress)
                 self._begin({"plan": _digest(plan), **key}, overwrite, resume)
         except BaseException:
             self.close()
-            forget(self.work, folder)
+            self.place.forget()
             raise
 
     def __enter__(self) -> Output:
@@ -103,23 +126,22 @@ class Output:
 
     def add(self, region: Region, blocks: Iterable[Bits]) -> int:
         """Write a region's blocks one behind the other, and journal it. Safe to call from several threads."""
-        tensor = self.plan.tensors[region.name]
-        part = self._parts[tensor.file]
-        start = tensor.offset + region.start
-        at, crc = start, 0
+        writing = self.begin(region)
         for block in blocks:
-            view = as_bytes(block)
-            for low in range(0, len(view), CHUNK):
-                chunk = view[low : low + CHUNK]
-                crc = zlib.crc32(chunk, crc)
-                with DiskErrors(self.folder):
-                    part.write(chunk, at)
-                at += len(chunk)
-        line = {"tensor": region.name, "start": region.start, "bytes": at - start, "crc32": f"{crc:08x}"}
+            writing.write(block)
+        return writing.finish()
+
+    def begin(self, region: Region) -> Writing:
+        """As `add`, a block at a time."""
+        tensor = self.plan.tensors[region.name]
+        return Writing(self, region, self._parts[tensor.file], tensor.offset + region.start)
+
+    def wrote(self, region: Region, size: int, crc: int) -> None:
+        """Journal a region whose bytes are all written."""
+        line = {"tensor": region.name, "start": region.start, "bytes": size, "crc32": f"{crc:08x}"}
         with self._mutex, DiskErrors(self.folder):
-            self.done[region] = (at - start, crc)
+            self.done[region] = (size, crc)
             self._append(line)
-        return at - start
 
     def note(self, name: str, found: Any) -> None:
         """Keep something (ready for JSON) for the end of the work, through kills; before the region it tells of."""
@@ -147,7 +169,7 @@ class Output:
         `record` gives the manifest, behind the documents, from what was written. Raises OutputError if a tensor was not
         written, DiskError if the disk is full, InputError for a document that cannot be copied.
         """
-        with DiskErrors(self.folder):
+        with DiskErrors(self.folder), self.place.listing():
             files = self._seal()
             after = {**last, **self.plan.index}
             written = {name: self._place(name, document) for name, document in {**documents, **after}.items()}
@@ -161,8 +183,7 @@ class Output:
             for folder in folders:
                 disk.sync_folder(self.work / folder)
             if self.overwrite and not self._committing:
-                replacing.expect_nothing_lost(self.folder, self._old, names)
-                replacing.expect_unchanged(self.folder, self._old)
+                self.place.expect_nothing_lost(self._old, names)
             self._append({"committing": True, "overwrite": self.overwrite, "old": sorted(self._old)})
             os.fsync(self._journal)  # from here on only this line tells that the folder is ours
             # of a commit that goes on, names of the new may be in place
@@ -232,7 +253,7 @@ class Output:
         self._old |= dict.fromkeys(commit.get("old", ()), _GONE)
         self._sealed = next((line["sealed"] for line in reversed(lines) if "sealed" in line), {}) if commit else {}
         files = [file for file in self.plan.files if not (self._committing and self._is_moved(file))]
-        _expect_room(self.folder, files, self.work)
+        self.needed_bytes = _expect_room(self.folder, files, self.work, self._reserved)
         for file in files:
             handle = self._files[file.name] = _open_part(self.work / file.name, file)
             digest = None
@@ -276,61 +297,15 @@ class Output:
             data = data[os.write(self._journal, data) :]
 
 
-def claim(folder: Path, overwrite: bool) -> int:
-    """The lock of a folder in which an output may be made: an open file.
-
-    Raises OutputExists, OutputLocked or DiskError, and leaves no trace then.
-    """
-    with DiskErrors(folder):
-        expect_free(folder, overwrite)
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-    lock = disk.lock(folder / WORK / LOCK, folder)
-    try:
-        with DiskErrors(folder):
-            expect_free(folder, overwrite)  # again: until the lock it may have been another's
-    except BaseException:
-        os.close(lock)
-        forget(folder / WORK, folder)
-        raise
-    return lock
-
-
-def expect_free(folder: Path, overwrite: bool) -> None:
-    """Raises OutputExists where `Output` would, as far as a glance tells: for commands that compute long before it."""
-    work = folder / WORK
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputExists("is a file; the output is a folder", file=folder)
-    if work.is_symlink():
-        raise OutputExists("is a link; what it points to is not ours to empty", file=work)
-    if is_empty(folder) or _is_committing(work):
-        return
-    if not overwrite:
-        name = min(path.name for path in folder.iterdir() if path.name != WORK)
-        raise OutputExists(
-            f"is not empty ({name}, ...); --overwrite replaces an earlier output of mixtools there", file=folder
-        )
-    replacing.expect_output(folder)
-
-
-def is_empty(folder: Path) -> bool:
-    """But for unfinished work."""
-    return all(path.name == WORK for path in folder.iterdir())
-
-
-def _is_committing(work: Path) -> bool:
-    return bool(journal.commit_line(journal.read(work / JOURNAL)))
-
-
-def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path) -> None:
-    """Bytes still to be allocated must be free now, not after an hour's work."""
+def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path, reserved: int) -> int:
+    """Bytes still to be allocated, which must be free now, not after an hour's work."""
     present = sum(path.stat().st_blocks * 512 for path in work.iterdir() if path.is_file())
     needed = max(0, sum(file.size for file in files) - present)
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
-    if needed > free:
-        raise DiskError(f"needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=folder)
+    if needed + reserved > free:
+        raise DiskError(f"needs {(needed + reserved) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=folder)
+    return needed
 
 
 def _done(line: Mapping[str, Any]) -> tuple[Region, int, int] | None:
@@ -355,14 +330,6 @@ def _empty(work: Path, but: Iterable[str] = (LOCK, FINDINGS)) -> None:
             shutil.rmtree(path)
         elif path.name not in but:
             path.unlink()
-
-
-def forget(work: Path, folder: Path) -> None:
-    """Leave no trace of a run that never began."""
-    if not (work / JOURNAL).exists() and not (work / FINDINGS).exists():
-        shutil.rmtree(work, ignore_errors=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _open_part(path: Path, file: FilePlan) -> int:

@@ -55,9 +55,23 @@ def replaceable(folder: Path, names: Iterable[str], progress: Progress | None = 
     `names`: what the new output will hold. Raises OutputExists where one of them would replace a file that is not among
     these, where a weight file is not among them, and where the folder holds no output of mixtools.
     """
-    progress = progress or Silent()
     listed = _listed(folder)
-    candidates = sorted(name for name, file in listed.items() if _is_there(folder, name, file))
+    found = _unchanged(folder, listed, sorted(listed), progress or Silent())
+    expect_nothing_lost(folder, found, names, listed)
+    return found
+
+
+def unchanged(folder: Path, names: Iterable[str], progress: Progress) -> dict[str, Stamp]:
+    """These files of outputs in the folder, every byte of which is read. Raises OutputExists where one was changed."""
+    found = _unchanged(folder, _listed(folder), names, progress)
+    expect_not_in_the_way(folder, found, names)
+    return found
+
+
+def _unchanged(
+    folder: Path, listed: Mapping[str, manifest.File], names: Iterable[str], progress: Progress
+) -> dict[str, Stamp]:
+    candidates = [name for name in names if name in listed and _is_there(folder, name, listed[name])]
     progress.start("reading what is replaced", sum(listed[name].size for name in candidates if listed[name].sha256))
     found = {}
     for name in candidates:
@@ -66,8 +80,15 @@ def replaceable(folder: Path, names: Iterable[str], progress: Progress | None = 
         if wanted is None or of_file(folder / name, progress.advance) == wanted:
             found[name] = stamp
     progress.finish()
-    expect_nothing_lost(folder, found, names, listed)
     return found
+
+
+def expect_not_in_the_way(folder: Path, ours: Collection[str], names: Iterable[str]) -> None:
+    """Raises OutputExists for a file of a new one's name, `ours` being what may go."""
+    for name in sorted({*names} - {*ours}):
+        if os.path.lexists(folder / name):
+            why = "was changed since mixtools wrote it; move it away, --overwrite leaves it alone"
+            raise OutputExists(why, file=folder / name)
 
 
 def expect_nothing_lost(

@@ -116,7 +116,7 @@ def laser(
         layer_floor=layer_floor, sequential=sequential, damping=damping, routed=routed,
     )  # fmt: skip
     from ...job import Run
-    from ...storage.output import expect_free
+    from ...storage.place import Place
     from .forecast import forecast, threads_within
     from .selection import Asked, Options
 
@@ -129,7 +129,7 @@ def laser(
     asked = Asked(checkpoint, slots, options)
     threads = threads_within(machine.max_memory, asked, jobs, calibrated=text is not None)
     if not dry_run:
-        expect_free(Path(out), overwrite)
+        Place(Path(out)).expect_free(overwrite)
     texts = Texts(_path(text), _path(held_out), samples, seq_len)
     how = Run(overwrite, resume, threads, machine.progress)
     if search and not dry_run:
