@@ -4,6 +4,8 @@
 // not know, so that a mismatch is an error and never a wrong result.
 
 #include "common.h"
+#include "decode.h"
+#include "encode.h"
 #include "nonfinite.h"
 #include "transpose.h"
 
@@ -37,7 +39,7 @@ int64_t first_nonfinite_any(const uint8_t* data, int64_t count, int item_size, u
 }  // namespace
 
 // Raised with every change to a signature or to a meaning below; ops/cpu.py refuses another number.
-MIXTOOLS_EXPORT int mixtools_abi_version() { return 1; }
+MIXTOOLS_EXPORT int mixtools_abi_version() { return 2; }
 
 MIXTOOLS_EXPORT int mixtools_best_isa() { return best_isa(); }
 
@@ -48,7 +50,8 @@ MIXTOOLS_EXPORT int mixtools_transpose(const uint8_t* src, int64_t src_stride, u
         case PLAIN: return transpose_any<PlainTile>(src, src_stride, dst, rows, cols, item_size, threads);
 #if MIXTOOLS_X86
         case AVX2: return transpose_any<Avx2Tile>(src, src_stride, dst, rows, cols, item_size, threads);
-        case AVX512: return transpose_any<Avx512Tile>(src, src_stride, dst, rows, cols, item_size, threads);
+        case AVX512:
+        case AVX512_BF16: return transpose_any<Avx512Tile>(src, src_stride, dst, rows, cols, item_size, threads);
 #endif
     }
     return UNKNOWN;
@@ -61,7 +64,36 @@ MIXTOOLS_EXPORT int64_t mixtools_first_nonfinite(const uint8_t* data, int64_t co
         case PLAIN: return first_nonfinite_any<PlainScan>(data, count, item_size, exponent, threads);
 #if MIXTOOLS_X86
         case AVX2: return first_nonfinite_any<Avx2Scan>(data, count, item_size, exponent, threads);
-        case AVX512: return first_nonfinite_any<Avx512Scan>(data, count, item_size, exponent, threads);
+        case AVX512:
+        case AVX512_BF16: return first_nonfinite_any<Avx512Scan>(data, count, item_size, exponent, threads);
+#endif
+    }
+    return UNKNOWN;
+}
+
+// dst [rows, blocks * values of a block] = what src [rows, blocks] stands for, rounded to the type `to`. Rows lie
+// src_stride and dst_stride bytes apart; the types are ggml's numbers (blocks.h).
+MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint8_t* dst, int64_t dst_stride,
+                                    int64_t rows, int64_t blocks, int type, int to, int64_t threads, int isa) {
+    const blocks::Decoder decoder = blocks::decoder(type, to, isa);
+    if (!decoder.run) return UNKNOWN;
+    blocks::decode_rows(decoder, src, src_stride, dst, dst_stride, rows, blocks, threads);
+    return 0;
+}
+
+// The blocks of ggml's `type` that `rows` rows of `cols` values of `source_type` make, at `out`, dense. Both types are
+// ggml's numbers. `cols` is a multiple of the type's block, importance [cols] or null.
+MIXTOOLS_EXPORT int mixtools_encode(const uint8_t* data, int64_t stride, int source_type, int64_t rows, int64_t cols,
+                                    const float* importance, int type, uint8_t* out, int64_t threads, int isa) {
+    if (source_type != F32 && source_type != F16 && source_type != BF16) return UNKNOWN;
+    const Source source{data, stride, static_cast<SourceType>(source_type), rows, cols, importance};
+    const BlockType block = static_cast<BlockType>(type);
+    switch (isa) {
+        case PLAIN: return lanes4::encode(source, block, out, threads) ? 0 : UNKNOWN;
+#if MIXTOOLS_X86
+        case AVX2: return lanes8::encode(source, block, out, threads) ? 0 : UNKNOWN;
+        case AVX512:
+        case AVX512_BF16: return lanes16::encode(source, block, out, threads) ? 0 : UNKNOWN;
 #endif
     }
     return UNKNOWN;

@@ -1,8 +1,8 @@
 """The compiled kernels, by ctypes. Free of torch: numpy arrays and buffers in and out.
 
 Each function gives the same bytes on every instruction set and with every number of threads. The instruction set is
-the best that the machine has; the environment variable MIXTOOLS_ISA (plain, avx2 or avx512) asks for a lesser one.
-The calls release Python's lock while they compute.
+the best that the machine has; the environment variable MIXTOOLS_ISA (plain, avx2, avx512 or avx512_bf16) asks for a
+lesser one. The calls release Python's lock while they compute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..storage.dtypes import DType
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-ABI_VERSION = 1  # of kernels/cpu.cpp; raised there and here with every change to a signature
+ABI_VERSION = 2  # of kernels/cpu.cpp; raised there and here with every change to a signature
 LIBRARY = "_kernels.so"
 ISA_VARIABLE = "MIXTOOLS_ISA"
 _LINE = 64  # bytes; results that start at a line are written past the caches
@@ -36,6 +36,11 @@ _SIGNATURES: dict[str, tuple[type[Any], list[type[Any]]]] = {
     "mixtools_best_isa": (_int, []),
     "mixtools_transpose": (_int, [_pointer, _int64, _pointer, _int64, _int64, _int, _int64, _int]),
     "mixtools_first_nonfinite": (_int64, [_pointer, _int64, _int, _uint32, _int64, _int]),
+    "mixtools_encode": (
+        _int,
+        [_pointer, _int64, _int, _int64, _int64, _pointer, _int, _pointer, _int64, _int],
+    ),
+    "mixtools_decode": (_int, [_pointer, _int64, _pointer, _int64, _int64, _int64, _int, _int, _int64, _int]),
 }
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80, DType.F32: 0x7F800000}  # all set: NaN or infinity
 
@@ -48,11 +53,12 @@ class Isa(IntEnum):
     PLAIN = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_BF16 = 3
 
 
 def best_instruction_set() -> Isa:
     """The best that both this machine and the kernels know."""
-    return Isa(_library().mixtools_best_isa())
+    return Isa(library().mixtools_best_isa())
 
 
 def instruction_set() -> Isa:
@@ -77,12 +83,12 @@ def transpose(array: Array, *, out: Array | None = None, threads: int = 1) -> Ar
     Raises MixtoolsError for an array that is not so.
     """
     if array.ndim != 2 or array.itemsize not in (1, 2, 4, 8) or array.dtype.hasobject:
-        raise MixtoolsError(f"transpose takes a matrix of plain items of 1, 2, 4 or 8 bytes, not {_describe(array)}")
+        raise MixtoolsError(f"transpose takes a matrix of plain items of 1, 2, 4 or 8 bytes, not {describe(array)}")
     rows, cols = array.shape
     if out is None:
-        out = _aligned_empty((cols, rows), array.dtype)
+        out = aligned_empty((cols, rows), array.dtype)
     elif out.shape != (cols, rows) or out.dtype != array.dtype or not out.flags.c_contiguous or not out.flags.writeable:
-        raise MixtoolsError(f"transpose of {_describe(array)} does not fit into {_describe(out)}")
+        raise MixtoolsError(f"transpose of {describe(array)} does not fit into {describe(out)}")
     elif np.may_share_memory(array, out):
         raise MixtoolsError("transpose cannot work in place: the result overlaps the source")
     if array.size == 0:
@@ -90,11 +96,11 @@ def transpose(array: Array, *, out: Array | None = None, threads: int = 1) -> Ar
     if cols > 1 and array.strides[1] != array.itemsize:
         raise MixtoolsError(f"transpose takes rows whose items lie side by side, not strides {array.strides}")
     source, target = array.ctypes.data, out.ctypes.data
-    status = _library().mixtools_transpose(
-        source, array.strides[0], target, rows, cols, array.itemsize, _positive(threads), instruction_set()
+    status = library().mixtools_transpose(
+        source, array.strides[0], target, rows, cols, array.itemsize, positive(threads), instruction_set()
     )
     if status:
-        raise MixtoolsError(f"the transpose kernel refused {_describe(array)} (status {status})")
+        raise MixtoolsError(f"the transpose kernel refused {describe(array)} (status {status})")
     return out
 
 
@@ -116,8 +122,8 @@ def first_nonfinite(buffer: Buffer | Array, dtype: DType, *, threads: int = 1) -
     if count == 0:
         return None
     data = np.frombuffer(view, np.uint8)
-    index: int = _library().mixtools_first_nonfinite(
-        data.ctypes.data, count, dtype.itemsize, _EXPONENT[dtype], _positive(threads), instruction_set()
+    index: int = library().mixtools_first_nonfinite(
+        data.ctypes.data, count, dtype.itemsize, _EXPONENT[dtype], positive(threads), instruction_set()
     )
     if index < -1:
         raise MixtoolsError(f"the kernel that seeks NaN and infinity refused {dtype.value} (status {index})")
@@ -130,7 +136,7 @@ def _folders() -> list[str]:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     path = next(filter(Path.is_file, (Path(folder) / LIBRARY for folder in _folders())), None)
     if path is None:
         raise MixtoolsError(f"the compiled kernels ({LIBRARY}) are missing: {_BUILD}")
@@ -151,18 +157,18 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + _LINE, np.uint8)
     start = -raw.ctypes.data % _LINE
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _positive(threads: int) -> int:
+def positive(threads: int) -> int:
     if threads < 1:
         raise MixtoolsError(f"{threads} threads cannot do anything; at least one can")
     return threads
 
 
-def _describe(array: Array) -> str:
+def describe(array: Array) -> str:
     return f"{array.dtype} {list(array.shape)} with strides {list(array.strides)}"

@@ -231,12 +231,13 @@ def test_best_instruction_set_agrees_with_the_system():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert (cpu.best_instruction_set() >= cpu.Isa.AVX2) == ("avx2" in flags)
     assert (cpu.best_instruction_set() >= cpu.Isa.AVX512) == ({"avx512f", "avx512bw"} <= set(flags))
+    assert (cpu.best_instruction_set() >= cpu.Isa.AVX512_BF16) == ({"avx512f", "avx512bw", "avx512_bf16"} <= set(flags))
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr("mixtools.__path__", [str(tmp_path)])
     with pytest.raises(MixtoolsError, match=r"_kernels.so\) are missing: build it with `pip install"):
-        cpu._library.__wrapped__()
+        cpu.library.__wrapped__()
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path):
