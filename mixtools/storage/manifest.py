@@ -73,7 +73,8 @@ def _text(document: Mapping[str, Any]) -> bytes:
 def load(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, `files` as File by name, its checksums as numbers; None without one.
 
-    Of a folder that several outputs share, `outputs` has these of each, and `files` are those of all. Raises FormatError if it is not one of ours, InputError if it cannot be read.
+    Of a folder that several outputs share, `outputs` has these of each, and `files` are those of all. Raises
+    FormatError if it is not one of ours, InputError if it cannot be read.
     """
     path = folder / NAME
     try:

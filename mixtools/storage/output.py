@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,8 @@ class Output:
         """Lock `folder` and prepare it, or continue the run with the same `key` found there.
 
         `names`: of the documents that `commit` will be given, as far as they are known. `shared`: the folder holds
-        others' files beside the plan's. `reserved`: bytes of the disk that others of the same run will take. Raises OutputExists, OutputLocked or DiskError before anything is written.
+        others' files beside the plan's. `reserved`: bytes of the disk that others of the same run will take. Raises
+        OutputExists, OutputLocked or DiskError before anything is written.
         """
         self.place = Place(folder, tuple(file.name for file in plan.files) if shared else ())
         self.folder, self.plan, self.work = folder, plan, self.place.work
@@ -108,6 +109,13 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def abandon(self) -> None:
+        """Close; where nothing was written, here or by an earlier run, no trace is left."""
+        if not (self.done or self.notes or self._committing):
+            (self.work / JOURNAL).unlink(missing_ok=True)
+            self.place.forget()
         self.close()
 
     def close(self) -> None:
@@ -182,7 +190,7 @@ class Output:
             folders = sorted({parent for name in names for parent in Path(name).parents if parent.name})
             for folder in folders:
                 disk.sync_folder(self.work / folder)
-            if self.overwrite and not self._committing:
+            if not self._committing and (self.overwrite or self.place.files):
                 self.place.expect_nothing_lost(self._old, names)
             self._append({"committing": True, "overwrite": self.overwrite, "old": sorted(self._old)})
             os.fsync(self._journal)  # from here on only this line tells that the folder is ours
@@ -260,6 +268,9 @@ class Output:
             if file.seal is None and file.name not in self._sealed:  # what seals a file changes what lies before
                 digest = self._digests[file.name] = Digest(handle, self._hasher)
                 digest.wrote(0, len(file.head))
+                for start, end in _holes(self.plan, file):
+                    write_all(handle, memoryview(bytes(end - start)), start)
+                    digest.wrote(start, end)
             self._parts[file.name] = WriteBehind(handle, digest)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._files[JOURNAL] = self._journal
@@ -322,6 +333,17 @@ def _digest(plan: Plan) -> str:
     """Of every name, type and offset: a journal fits only the plan it was written for."""
     tensors = [[t.name, t.dtype.value, t.shape, t.file, t.offset] for t in plan.tensors.values()]
     return f"{zlib.crc32(json.dumps([tensors, [[f.name, f.size] for f in plan.files]]).encode()):08x}"
+
+
+def _holes(plan: Plan, file: FilePlan) -> Iterator[tuple[int, int]]:
+    """Start and end of what no tensor covers: those of a GGUF are aligned, and the last is padded."""
+    end = len(file.head)
+    for tensor in sorted((one for one in plan.tensors.values() if one.file == file.name), key=lambda one: one.offset):
+        if tensor.offset > end:
+            yield end, tensor.offset
+        end = tensor.offset + tensor.nbytes
+    if file.size > end:
+        yield end, file.size
 
 
 def _empty(work: Path, but: Iterable[str] = (LOCK, FINDINGS)) -> None:

@@ -100,7 +100,10 @@ class Place:
     def expect_nothing_lost(self, old: Mapping[str, Stamp], names: Iterable[str]) -> None:
         """Once more, before anything is replaced."""
         if self.files:
-            replacing.expect_not_in_the_way(self.folder, old, self.files)
+            came = next((name for name in self.files if name not in old and os.path.lexists(self.folder / name)), None)
+            if came is not None:
+                why = "came there while the new one was made; move it away and run this again"
+                raise OutputExists(why, file=self.folder / came)
         else:
             replacing.expect_nothing_lost(self.folder, old, names)
         replacing.expect_unchanged(self.folder, old)

@@ -70,7 +70,7 @@ def single_safetensors(name: str, tensors: Sequence[Shape]) -> Plan:
 
 def sharded_safetensors(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
     """model.safetensors, or model-00001-of-N with an index where one shard is not enough."""
-    shards = _shards("model", "safetensors", tensors, max_shard_bytes)
+    shards = divide("model", "safetensors", tensors, max_shard_bytes)
     pairs = [_safetensors_file(name, shard) for name, shard in shards.items()]
     placed = {tensor.name: tensor for _, shard in pairs for tensor in shard}
     return Plan([file for file, _ in pairs], placed, _index("model.safetensors", shards))
@@ -78,7 +78,7 @@ def sharded_safetensors(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
 
 def sharded_torch_zips(tensors: Sequence[Shape], max_shard_bytes: int) -> Plan:
     """pytorch_model.bin, or pytorch_model-00001-of-N with an index where one shard is not enough."""
-    shards = _shards("pytorch_model", "bin", tensors, max_shard_bytes)
+    shards = divide("pytorch_model", "bin", tensors, max_shard_bytes)
     return torch_zips(shards, _index("pytorch_model.bin", shards))
 
 
@@ -92,7 +92,7 @@ def dealt_torch_zips(names: Sequence[str], tensors: Sequence[Shape]) -> Plan:
     return torch_zips(files)
 
 
-def _shards(stem: str, suffix: str, tensors: Sequence[Shape], max_bytes: int) -> dict[str, list[Shape]]:
+def divide(stem: str, suffix: str, tensors: Sequence[Shape], max_bytes: int) -> dict[str, list[Shape]]:
     """Tensors by file, in order, each file filled as far as `max_bytes` allows but holding at least one."""
     if max_bytes < 1:
         raise UsageError(f"a shard of {max_bytes} bytes holds no tensor")
