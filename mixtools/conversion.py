@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from . import documents
 from .config import MixtralConfig
 from .errors import MixtoolsError, TensorError, UsageError
@@ -22,7 +24,8 @@ from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Role, Slot
-from .storage import plan
+from .storage import casting, plan
+from .storage.casting import widen
 from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
 from .storage.store import CHUNK, Bits, from_tensor, to_tensor
@@ -77,7 +80,7 @@ def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None
 
     Raises UsageError for options that cannot be, TokenizerError and what else reading the source's documents raises.
     """
-    changes = changes or Changes()
+    changes, source = changes or Changes(), _decoded_to(source, options)
     formats = {**_plain(source, options), **changes.formats}
     if options.keep_tied and not source.tied:
         raise UsageError("--keep-tied: head and embedding of this model are two tensors", file=source.folder)
@@ -92,7 +95,7 @@ def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None
 
 def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
     """Layout C, or A as a torch zip."""
-    layout = CONSOLIDATED if safetensors else TORRENT
+    layout, source = CONSOLIDATED if safetensors else TORRENT, _decoded_to(source, options)
     formats = _plain(source, options)
     tensors = stored_tensors(layout, source.config, formats)
     job = _job(source, layout, options, plan_for(layout, tensors, options.max_shard_bytes), Changes(formats))
@@ -103,7 +106,30 @@ def _plain(source: Checkpoint, options: Options) -> dict[Slot, Format]:
     """Every slot as it is, or cast. Raises UsageError for a dtype that there is not."""
     if options.dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {options.dtype!r} is not one of keep, {', '.join(DTYPES)}")
+    if options.dtype == "keep" and source.gguf is not None:
+        main = source.main_dtype()
+        return {slot: Plain(_before_gguf(source, slot, main)) for slot in source.slots()}
     return {slot: Plain(DTYPES.get(options.dtype) or source.spec(slot).dtype) for slot in source.slots()}
+
+
+def _decoded_to(source: Checkpoint, options: Options) -> Checkpoint:
+    """The same, its blocks decoded straight to the dtype that is asked for, not rounded twice."""
+    return replace(source, dense=DTYPES[options.dtype]) if options.dtype in DTYPES else source
+
+
+def _before_gguf(source: Checkpoint, slot: Slot, main: DType) -> DType:
+    """A GGUF has norms and router in F32, in 2023 the router in F16, whatever the model's dtype was: that one, where it
+    loses nothing.
+    """
+    stored = source.spec(slot).dtype
+    if stored is main or slot.role not in (Role.NORM, Role.ATTENTION_NORM, Role.FFN_NORM, Role.ROUTER):
+        return stored
+    bits = source.bits(slot)
+    try:
+        back = widen(casting.cast(bits, stored, main, slot), main)
+    except TensorError:
+        return stored
+    return main if np.array_equal(back.view(np.uint32), widen(bits, stored).view(np.uint32)) else stored
 
 
 def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan, changes: Changes) -> Job:
@@ -133,7 +159,7 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
     copies = all(formats[slot] == source.format(slot) and isinstance(formats[slot], Plain) for slot in source.slots())
     return Job(
         inputs, target, units, record, {}, {}, title=layout.title,
-        base_bytes=BARE if copies else WITH_TORCH, worker_bytes=_worker_bytes(source, layout),
+        base_bytes=BARE if copies else WITH_TORCH, worker_bytes=worker_bytes(source, layout),
     )  # fmt: skip
 
 
@@ -152,7 +178,7 @@ def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]
     return Unit(tuple(Region(name, 0) for name in names), make, work.slots)
 
 
-def _worker_bytes(source: Checkpoint, layout: Layout) -> int:
+def worker_bytes(source: Checkpoint, layout: Layout) -> int:
     """Buffers of a thread that copies: a block before and after, or a tensor that is transposed or decoded."""
     most = 2 * CHUNK
     for slot in source.slots():

@@ -56,8 +56,8 @@ class Documents:
 
 
 def is_hf(source: Checkpoint) -> bool:
-    """Whether its configuration is a config.json."""
-    return source.layout.letter in "DEF"
+    """Whether its configuration is a config.json; that of a GGUF is written out as one."""
+    return source.layout.letter in ("D", "E", "F") or source.gguf is not None
 
 
 # --- an output of Hugging Face's layout ---
@@ -73,22 +73,22 @@ def for_hf(
     Raises TokenizerError, ConfigError or
     InputError for a document that cannot be read or converted.
     """
-    files, notes = carried(source.folder, without=_TORRENT | {"config.json"})
+    files, notes = carried(source.beside, without=_TORRENT | {"config.json"})
     config = hf_config(source, dtype, torch_dtype)
     for fragment in fragments:
         config |= fragment
     if not is_hf(source):
         files |= {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
-    elif (path := source.folder / "tokenizer_config.json").is_file():
+    elif (path := source.beside / "tokenizer_config.json").is_file():
         told = load_object(path, MAX_DOCUMENT)
         if (changed := for_version_4(told)) != told:
             files[path.name] = _json(changed)
-    model = model_file(source.folder)
+    model = model_file(source.beside)
     if not files.keys() & {"tokenizer.json", "tokenizer_config.json"} and model is not None:
         from .text.tokenizer_files import hf_files
 
         files |= hf_files(model)
-    _expect_tokenizer(source.folder, model)
+    _expect_tokenizer(source.beside, model)
     missing = () if "tokenizer.json" in files or model else (TOKENIZER,)
     if source.tied and not keep_tied:
         notes += ("head and embedding are one tensor (tied); the output has both, --keep-tied keeps one",)
@@ -140,8 +140,8 @@ def for_version_4(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def for_torrent(source: Checkpoint) -> Documents:
     """params.json, tokenizer.model, and what is no document of Hugging Face's. Raises as `for_hf`."""
-    files, notes = carried(source.folder, without=_HF | {"params.json"})
-    model = model_file(source.folder)
+    files, notes = carried(source.beside, without=_HF | {"params.json"})
+    model = model_file(source.beside)
     if model is not None:  # published only once it is known to be one
         read_pieces(read_model(model), model)
     params = source.config.to_params()
@@ -155,8 +155,8 @@ def for_torrent(source: Checkpoint) -> Documents:
 
 def _not_kept(source: Checkpoint, model: Path | None) -> Iterator[str]:
     """What mistral's layouts have no place for."""
-    declared = Declared.of(source.folder)
-    if added := _added_tokens(source.folder, declared, model):
+    declared = Declared.of(source.beside)
+    if added := _added_tokens(source.beside, declared, model):
         yield f"the added tokens {', '.join(added)}"
     if (template := declared.template()) is not None and template != _own_template(model):
         yield "the chat template"

@@ -11,6 +11,7 @@ It knows no method, no layout and no copying: whoever plans a job gives it its u
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -25,6 +26,7 @@ from .names import Slot
 from .progress import Progress, Silent
 from .storage import manifest
 from .storage.output import Document, Output, Region
+from .storage.place import Place
 from .storage.plan import Plan
 from .storage.source import Source
 from .storage.store import Bits
@@ -181,9 +183,14 @@ def run_together(
         _expect_apart(job, folder)
     with contextlib.ExitStack() as stack:
         outputs: list[Output] = []
-        for job in jobs:
-            reserved = sum(output.needed_bytes for output in outputs)
-            outputs.append(stack.enter_context(_open(job, folder, how, reserved)))
+        try:
+            for job in jobs:
+                reserved = sum(output.needed_bytes for output in outputs)
+                outputs.append(stack.enter_context(_open(job, folder, how, reserved)))
+        except BaseException:
+            for output in outputs:
+                output.abandon()
+            raise
         pending = tasks(outputs)
         for file in inputs.files:
             file.read_once()
@@ -211,7 +218,7 @@ def _bytes(job: Job) -> int:
 
 def _open(job: Job, folder: Path, how: Run, reserved: int) -> Output:
     key = {"mixtools": __version__, **job.record, "source": [file.fingerprint() for file in job.inputs.files]}
-    names = [*job.documents, *job.last, *job.reports, *ENCLOSED.get(), manifest.NAME]
+    names = [*job.documents, *job.last, *job.reports, *_enclosed(job), manifest.NAME]
     return Output(
         folder, job.plan, key, names=names, overwrite=how.overwrite, resume=how.resume, progress=how.progress,
         shared=job.shared, reserved=reserved,
@@ -228,7 +235,30 @@ def _commit(job: Job, output: Output) -> None:
             return manifest.encode_beside(output.folder, origin, files, checksums)
         return manifest.encode(origin, files, checksums)
 
-    output.commit({**job.documents, **report, **ENCLOSED.get()}, job.last, record)
+    output.commit({**job.documents, **report, **_enclosed(job)}, job.last, record)
+
+
+def _enclosed(job: Job) -> Mapping[str, bytes]:
+    """Nothing where a folder is shared: it is nobody's then."""
+    return {} if job.shared else ENCLOSED.get()
+
+
+def is_made(job: Job, folder: Path) -> bool:
+    """Whether the files of a job whose folder is shared lie there, made of the same inputs in the same way."""
+    if Place(folder, tuple(file.name for file in job.plan.files)).is_committing():  # its work is not cleared away
+        return False
+    document = manifest.load(folder) if folder.is_dir() else None
+    entry = (document or {}).get(manifest.OUTPUTS, {}).get(job.plan.files[0].name)
+    wanted = json.loads(json.dumps({"mixtools": __version__, **job.record, "source": job.inputs.about}))
+    if entry is None or any(entry.get(key) != value for key, value in wanted.items()):
+        return False
+    paths = [folder / file.name for file in job.plan.files]
+    if any(
+        not path.is_file() or path.stat().st_size != file.size for path, file in zip(paths, job.plan.files, strict=True)
+    ):
+        return False
+    born = min(path.stat().st_mtime_ns for path in paths)  # a source of the same size, changed since, is newer
+    return all(path.stat().st_mtime_ns <= born for file in job.inputs.files for path in file.paths)
 
 
 def _expect_apart(job: Job, folder: Path) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     Checkpoint = Path  # not imported for the command line, where a model is a text
 
-_WHERE = "Folder, weight file in it, or org/name[@revision]."
+_WHERE = "Folder, weight file in it, or org/name[/FILE.gguf][@revision]."
 Model = Annotated[str | Path | Checkpoint, Option("MODEL", _WHERE, argument=True)]
 Source = Annotated[str | Path | Checkpoint, Option("SRC", _WHERE, argument=True, key="src")]
 Out = Annotated[str | Path, Option("OUT", "Folder to write; it must be new or empty.", argument=True)]

@@ -63,9 +63,9 @@ def write(job: Job, source: Checkpoint, out: Path, how: Run, *, limit: int | Non
     if dry_run:
         return _forecast(job, source, out, how.jobs)
     began = time.monotonic()
-    done = run(job, out, how)
+    done = run(job, out.parent if job.shared else out, how)
     return Written(
-        output=out, source=source.folder, title=f"{source.layout.title} -> {job.title}", layout=job.record["layout"],
+        output=out, source=source.place, title=f"{source.layout.title} -> {job.title}", layout=job.record["layout"],
         files=tuple(file.name for file in job.plan.files), tensors=done["tensors"], bytes=done["bytes"],
         resumed_bytes=done["resumed_bytes"], missing=tuple(done["missing"]),
         not_kept=tuple(done["not_kept"]), seconds=round(time.monotonic() - began, 3), peak_memory_bytes=peak_memory(),

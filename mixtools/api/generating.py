@@ -187,7 +187,7 @@ def talker(
 
     Options(**options)  # wrong ones are refused before anything is read
     checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    tokenizer = Tokenizer.from_folder(checkpoint.beside)
     remark = tokenizer.check_vocab(checkpoint.config)
     # a special token is never printed, so it is looked for by its id
     ends = (*tokenizer.end_ids, *(tokenizer.special[text] for text in stops if text in tokenizer.special))

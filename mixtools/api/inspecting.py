@@ -39,7 +39,8 @@ class Inspection(Result):
     def lines(self) -> Iterator[str]:
         document = self.told
         config = document["config"]
-        yield f"{document['path']}: {document['title']}"
+        kind = f", {document['quantization']}" if document["quantization"] else ""
+        yield f"{document['path']}: {document['title']}{kind}"
         dtypes = ", ".join(f"{human_bytes(size)} {name}" for name, size in document["bytes_by_dtype"].items())
         yield f"  {document['parameters']:,} parameters in {document['tensors']} tensors: {dtypes}"
         yield (

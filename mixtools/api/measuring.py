@@ -97,7 +97,7 @@ def perplexity(
 
     content = engine.read_text(Path(text))
     checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    tokenizer = Tokenizer.from_folder(checkpoint.beside)
     remark = tokenizer.check_vocab(checkpoint.config)
     ids = tokenizer.encode(content, parse_special=parse_special)
     tokenizer.expect_known(ids[:max_tokens], checkpoint.config)

@@ -41,6 +41,7 @@ _SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parame
 _SILENT = ("transformers_version", "_name_or_path")  # where a file comes from, which no loader acts on
 _SILENT_OF_TOKENIZERS = (*_SILENT, "name_or_path", "is_local", "local_files_only", "backend", "special_tokens_map_file")
 _FILES = (JSON_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_IN_GGUF = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling")
 _SHOWN = 5  # differences of one part of a file, each; the rest are counted
 _LONGEST = 120  # characters of a value
 _ABSENT = "(not there)"
@@ -103,13 +104,16 @@ def _told(value: object) -> str:
 def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     """Raises ConfigError for a generation_config.json that is none."""
     ours, theirs = _canonical(source), _canonical(output)
-    losing = is_hf(source) and not is_hf(output)  # to a layout that has no place for most of it
+    losing = _is_losing(source, output)
     found = []
     for key in dict.fromkeys([*ours, *theirs]):
+        if output.gguf is not None and not is_hf(source) and key not in (*typed_keys(source), *_IN_GGUF):
+            continue  # neither has it: what one says there is made
         a, b = ours.get(key, _DEFAULTS.get(key)), theirs.get(key, _DEFAULTS.get(key))
         if _same(key, a, b):
             continue
-        lost = losing and key not in typed_keys(source)
+        kept = output.gguf is not None and key in _IN_GGUF
+        lost = losing and not kept and key not in typed_keys(source)
         meant = lost or _is_meant(key, a, b, source, output)
         found.append(Difference(CONFIG, key, a, None if lost else b, meant, lost))
     if is_hf(output) or losing:
@@ -119,6 +123,12 @@ def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
             if not _same(key, a, b):
                 found.append(Difference(GENERATION, key, a, None if losing else b, losing, losing))
     return found
+
+
+def _is_losing(source: Checkpoint, output: Checkpoint) -> bool:
+    """To a layout that has no place for most of what a config.json says."""
+    to_gguf = source.gguf is None and output.gguf is not None
+    return is_hf(source) and (to_gguf or not is_hf(output))
 
 
 def typed_keys(checkpoint: Checkpoint) -> set[str]:
@@ -163,7 +173,7 @@ def _is_meant(key: str, a: object, b: object, source: Checkpoint, output: Checkp
 def _generation(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json, over what config.json says of it."""
     ends = {key: config.get(key, _DEFAULTS[key]) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    own = load_object(checkpoint.folder / GENERATION, MAX_DOCUMENT)
+    own = load_object(checkpoint.beside / GENERATION, MAX_DOCUMENT)
     silent = (*_SILENT, "_from_model_config")
     return {**ends, **{key: value for key, value in own.items() if key not in silent}}
 
@@ -173,10 +183,14 @@ def _generation(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, 
 
 def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     """Raises TokenizerError or ConfigError for a file of either that cannot be read."""
-    ours, theirs = source.folder, output.folder
+    ours, theirs = source.beside, output.beside
     if not has_tokenizer(ours):
         return []
     losing = is_hf(source) and not is_hf(output)
+    if (source.gguf is None) != (output.gguf is None):  # of a GGUF's documents the files are made
+        if not has_tokenizer(theirs):
+            return [Difference("tokenizer", "", "there", _ABSENT)]
+        return list(_behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), False, {}))
     if not has_tokenizer(theirs):
         lost = losing and model_file(ours) is None
         return [Difference("tokenizer", "", "there", _ABSENT, lost, lost)]

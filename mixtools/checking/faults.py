@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,26 +17,45 @@ TWICE = (
 )
 RESHAPED = "w2 was reshaped where it had to be transposed"
 TRANSPOSED = "the matrix is transposed"
+_ALIKE = 0.7  # cosine of a row and itself in one bit a weight or more; of unrelated rows it is near 0
 
 
-def reordered(slot: Slot, wanted: Tensor, found: Tensor, head_dim: int) -> str | None:
-    """Which fault makes `found` of `wanted` (one shape, one dtype, canonical), or None: right values, wrong order."""
+def reordered(
+    slot: Slot, wanted: Tensor, found: Tensor, head_dim: int, same: Callable[[Tensor, Tensor], bool] = torch.equal
+) -> str | None:
+    """Which fault makes `found` of `wanted` (one shape, one dtype, canonical), or None: right values, wrong order.
+
+    `same`: of two tensors of one shape; where values were quantized, whether they are near.
+    """
     if slot.role in (Role.Q, Role.K):
         heads = found.view(-1, head_dim, found.shape[1])
         pairs = wanted.view(-1, 2, head_dim // 2, found.shape[1]).transpose(1, 2)  # Hugging Face's halves, interleaved
-        if torch.equal(heads, pairs.reshape(heads.shape)):
+        if same(heads, pairs.reshape(heads.shape)):
             return UNPERMUTED
         halves = wanted.view(-1, head_dim // 2, 2, found.shape[1]).transpose(1, 2)
-        if torch.equal(heads, halves.reshape(heads.shape)):
+        if same(heads, halves.reshape(heads.shape)):
             return TWICE
-    if wanted.ndim == 2 and wanted.shape[0] == wanted.shape[1] and torch.equal(found, wanted.T):
+    if wanted.ndim == 2 and wanted.shape[0] == wanted.shape[1] and same(found, wanted.T):
         return TRANSPOSED
     if slot.role is Role.DOWN:
         # layout B keeps w2 as [F, D]; taken as [D, F] without moving a value, or the other way round
         stored = wanted.T.contiguous().view(wanted.shape)
-        if torch.equal(found, stored) or torch.equal(found.T.contiguous().view(found.shape), wanted):
+        if same(found, stored) or same(found.T.contiguous().view(found.shape), wanted):
             return RESHAPED
     return None
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The rows that a fingerprint is made of, [3, columns] in fp32, each of length 1."""
+    chosen = tensor[[0, len(tensor) // 2, len(tensor) - 1]].float()
+    return torch.nn.functional.normalize(chosen, dim=1)
+
+
+def nearest(found: Tensor, among: Mapping[Slot, Tensor]) -> Slot | None:
+    """Whose rows point where those of `found` do, as a matrix and its quantized self do; None if nobody's."""
+    likeness = {slot: float((found * rows).sum(1).min()) for slot, rows in among.items() if rows.shape == found.shape}
+    best = max(likeness, key=likeness.__getitem__, default=None)
+    return best if best is not None and likeness[best] > _ALIKE else None
 
 
 def fingerprint(tensor: Tensor) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import ConfigError, Interrupted, MixtoolsError, TensorError
+from ..formats import Ggml
 from ..inference.budget import stored_bytes
 from ..layouts.checkpoint import expected_tensors
 from ..names import Slot
 from ..ops import cpu
 from ..progress import Progress, Silent
-from ..storage.dtypes import WEIGHT_DTYPES
+from ..storage.dtypes import ELEMENTS, WEIGHT_DTYPES, DType
 from ..storage.store import CHUNK, Bits, Entry, as_bytes, to_tensor
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..layouts.reader import Reader
 
 JOBS = 2
+_UNRELATED = 0.8  # relative error; that of one bit a weight is about 0.6, of another tensor 1.4
 WORST = 20  # tensors that a document lists
 _SIGNED = {2: "int16", 4: "int32", 8: "int64"}
 
@@ -72,7 +74,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes = {path.name: path.stat().st_size for source in store.sources for path in source.paths}
     found = expected_tensors(checkpoint.layout, checkpoint.config, store).keys()
     return {
-        "path": str(checkpoint.folder),
+        "path": str(checkpoint.place),
         "layout": checkpoint.layout.name,
         "title": checkpoint.layout.title,
         "config": asdict(checkpoint.config),
@@ -81,7 +83,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(store.entries),
         "bytes": sum(entry.nbytes for entry in store.entries.values()),
         "bytes_by_dtype": {dtype.value: count for dtype, count in checkpoint.bytes_by_dtype().items()},
-        "quantization": None,
+        "quantization": checkpoint.quantization,
         "checksums": sum(entry.record is not None for entry in store.entries.values()),
         "missing": sorted(found - store.entries.keys()),
         "unknown": sorted(name for name in store.entries.keys() - found if not checkpoint.layout.ignores(name)),
@@ -124,24 +126,27 @@ def _first_nonfinite(checkpoint: Checkpoint, entry: Entry, progress: Progress) -
     step = max(1, entry.rows if entry.strides is not None else CHUNK // max(1, entry.row_bytes))
     buffer = None
     found: tuple[int, float] | None = None
-    columns = entry.row_bytes // entry.dtype.itemsize
+    columns, blocks = entry.shape[-1] if entry.shape else 1, entry.dtype not in ELEMENTS
     for at in range(0, entry.rows, step):
         rows = min(step, entry.rows - at)
         if buffer is None and entry.strides is None:
-            buffer = np.empty((rows, columns), f"u{entry.dtype.itemsize}")
+            buffer = np.empty((rows, entry.row_bytes // entry.dtype.word), f"u{entry.dtype.word}")
         bits = checkpoint.store.read_rows(entry.name, at, at + rows, None if buffer is None else buffer[:rows])
         progress.advance(bits.nbytes)
-        if found is None and entry.dtype in WEIGHT_DTYPES:
-            index = cpu.first_nonfinite(as_bytes(bits), entry.dtype)
-            found = None if index is None else (at * columns + index, _value(bits, index, entry))
+        dtype = entry.dtype
+        if found is None and blocks:  # a scale may be NaN, which no other bits of a block can
+            bits, dtype = Ggml(dtype, DType.F32).decode_rows(bits), DType.F32
+        if found is None and dtype in WEIGHT_DTYPES:
+            index = cpu.first_nonfinite(as_bytes(bits), dtype)
+            found = None if index is None else (at * columns + index, _value(bits, index, dtype))
     if found is None:
         return None
     where = ", ".join(str(int(i)) for i in np.unravel_index(found[0], entry.shape))
     return TensorError(f"holds {found[1]} at [{where}]", file=entry.source.label, tensor=entry.name)
 
 
-def _value(bits: Bits, index: int, entry: Entry) -> float:
-    return float(to_tensor(bits.reshape(-1)[index : index + 1], entry.dtype)[0])
+def _value(bits: Bits, index: int, dtype: DType) -> float:
+    return float(to_tensor(bits.reshape(-1)[index : index + 1], dtype)[0])
 
 
 def compare_configs(source: MixtralConfig, output: MixtralConfig, file: object = None) -> list[MixtoolsError]:
@@ -175,6 +180,8 @@ def compare(
     A tensor is identical, or the source's cast to the output's dtype (rounded to nearest even), or different. Memory:
     about four tensors a thread. A tensor that cannot be read becomes a problem; nothing is raised for one.
     """
+    import torch
+
     from . import faults
 
     progress = progress or Silent()
@@ -184,6 +191,7 @@ def compare(
         return result  # another model: the configuration's problems say so
     progress.start("comparing", sum(stored_bytes(output, slot) for slot in slots))
     prints: dict[bytes, Slot] = {}
+    rows: dict[Slot, torch.Tensor] = {}
     suspects: dict[Slot, bytes] = {}
 
     def one(slot: Slot) -> str | Difference | MixtoolsError:
@@ -196,11 +204,18 @@ def compare(
         verdict = "identical" if ours.dtype == theirs.dtype else "cast"
         wanted = ours.to(theirs.dtype)
         prints.setdefault(faults.fingerprint(wanted), slot)
+        if wanted.ndim > 1:
+            rows[slot] = faults.rows(wanted).to(torch.bfloat16)
         if same_bits(wanted, theirs):
             return verdict
         suspects[slot] = faults.fingerprint(theirs)
+        apart = relative_error(ours, theirs)
         fault = faults.reordered(slot, wanted, theirs, source.config.head_dim)
-        return Difference(slot, relative_error(ours, theirs), fault)
+        if fault is None and apart > _UNRELATED:  # quantized, or of low rank, and wrong besides
+            fault = faults.reordered(
+                slot, wanted, theirs, source.config.head_dim, lambda a, b: relative_error(a, b) < apart / 2
+            )
+        return Difference(slot, apart, fault)
 
     for found in _parallel(one, slots, jobs):
         if isinstance(found, MixtoolsError):
@@ -210,7 +225,7 @@ def compare(
         else:
             setattr(result, found, getattr(result, found) + 1)
     result.differences = [
-        found if found.fault else _misplaced(found, prints.get(suspects[found.slot]), source, output)
+        found if found.fault else _misplaced(found, prints.get(suspects[found.slot]), rows, source, output)
         for found in result.differences
     ]
     result.differences.sort(key=lambda found: -found.relative_error)
@@ -219,12 +234,19 @@ def compare(
     return result
 
 
-def _misplaced(found: Difference, other: Slot | None, source: Reader, output: Reader) -> Difference:
-    """Does the output hold another of the source's tensors there? `other` looks like it."""
-    if other is None or other == found.slot:
+def _misplaced(
+    found: Difference, other: Slot | None, rows: Mapping[Slot, torch.Tensor], source: Reader, output: Reader
+) -> Difference:
+    """Does the output hold another of the source's tensors there? `other` looks like it; `rows`: some of each."""
+    from . import faults
+
+    if other is None and (found.relative_error < _UNRELATED or found.slot not in rows):
         return found
     theirs = output.read(found.slot)
-    if not same_bits(source.read(other).to(theirs.dtype), theirs):
+    if other is None and (other := faults.nearest(faults.rows(theirs), rows)) is not None:
+        if other == found.slot or relative_error(source.read(other), theirs) > found.relative_error / 2:
+            return found
+    elif other is None or other == found.slot or not same_bits(source.read(other).to(theirs.dtype), theirs):
         return found
     return Difference(found.slot, found.relative_error, f"holds the source's {other}")
 

@@ -158,7 +158,7 @@ def _integrity(
     problems = list(output.problems) or integrity.verify(output, machine.progress)
     if problems:
         return problems, None
-    comparison = integrity.compare(source, output, machine.progress, file=output.folder)
+    comparison = integrity.compare(source, output, machine.progress, file=output.place)
     return list(comparison.problems), comparison
 
 
@@ -210,9 +210,9 @@ def _prepare(source: Checkpoint, output: Checkpoint, options: Options) -> _Text:
     content = read_text(options.text) if options.text else None
     spoken = continuations.read_prompts(options.prompts) if options.prompts else None
     problems: list[MixtoolsError] = []
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = _tokenizer(source.beside)
     try:
-        theirs = _tokenizer(output.folder)
+        theirs = _tokenizer(output.beside)
         if tokenizer is not None and theirs is not None:
             problems += _same_ids(tokenizer, theirs, [*([content] if content else []), *(spoken or [])])
     except MixtoolsError as error:

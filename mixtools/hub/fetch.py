@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import HubError, InputError, LayoutError
-from ..layouts.families import ADAPTER_CONFIG, FAMILIES, adapter_error, family_files, find
+from ..layouts.families import ADAPTER_CONFIG, FAMILIES, adapter_error, any_of, family_files, find
+from ..layouts.gguf_files import files_of, is_gguf, only_gguf, parts_among
 from . import cache
 
 # what goes with a model wherever it goes: documents, tokenizers, templates, the card and the pictures that it shows
 _BESIDE = (
     "*.json", "*.model", "*.model.v*", "*.jinja", "*.txt", "*.md", "*.html", "LICENSE*", "LICENCE*", "NOTICE*",
 )  # fmt: skip
+_IMATRIX = ("imatrix.gguf", "imatrix_unsloth.gguf")  # what goes with --imatrix, as repositories call it
 _BESIDE_BELOW = ("*.jinja", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp")  # in folders of the repository too
 
 
@@ -30,10 +32,11 @@ class _UnreachableError(Exception):
     """The Hub gave no answer, as against a refusal."""
 
 
-def snapshot(repository: str, revision: str = "") -> Located:
+def snapshot(repository: str, revision: str = "", gguf: str | None = None) -> Located:
     """Download `org/name` (at a branch, tag or commit), or find it in the cache; the folder it lies in.
 
-    Of a repository with several layouts, Hugging Face's safetensors come first, then Mistral's, then pickles. With
+    Of a repository with several layouts, Hugging Face's safetensors come first, then Mistral's, then pickles, then a
+    GGUF that is the only one. `gguf`: a file of the repository, which is meant; its place is returned. With
     HF_HUB_OFFLINE, or where the Hub does not answer, the copy in the cache is taken if it is whole.
     Raises HubError where the Hub refuses or cannot be reached and the cache has no whole copy, LayoutError if there is
     no Mixtral in it.
@@ -42,15 +45,15 @@ def snapshot(repository: str, revision: str = "") -> Located:
 
     name = f"{repository}@{revision}" if revision else repository
     if constants.HF_HUB_OFFLINE:
-        return Located(_cached(repository, revision, name, "HF_HUB_OFFLINE is set"))
+        return Located(_cached(repository, revision, name, gguf, "HF_HUB_OFFLINE is set"))
     try:
-        return Located(_download(repository, revision or None, name))
+        return Located(_download(repository, revision or None, name, gguf))
     except _UnreachableError as error:
-        path = _cached(repository, revision, name, f"cannot be fetched from the Hub: {error}")
+        path = _cached(repository, revision, name, gguf, f"cannot be fetched from the Hub: {error}")
         return Located(path, (f"the Hub could not be reached ({error}); the copy in its cache is used: {path}",))
 
 
-def _download(repository: str, revision: str | None, name: str) -> Path:
+def _download(repository: str, revision: str | None, name: str, gguf: str | None) -> Path:
     """Raises _UnreachableError where there was no answer, HubError for what else goes wrong there."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -58,8 +61,11 @@ def _download(repository: str, revision: str | None, name: str) -> Path:
     try:
         # one request; list_repo_files goes on asking a Hub that does not answer for half a minute
         siblings = HfApi().model_info(repository, revision=revision).siblings or []
-        wanted = [glob.escape(file) for file in choose([file.rfilename for file in siblings], name)]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        names = [file.rfilename for file in siblings]
+        chosen = parts_among(names, gguf, name) if gguf else choose(names, name)
+        wanted = [glob.escape(file) for file in chosen]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        return folder / gguf if gguf else folder
     except LayoutError:
         raise
     except Exception as error:  # the client lets errors of its HTTP library through, and that library changed
@@ -70,7 +76,7 @@ def _download(repository: str, revision: str | None, name: str) -> Path:
         raise _UnreachableError(first) from error
 
 
-def _cached(repository: str, revision: str, name: str, why: str) -> Path:
+def _cached(repository: str, revision: str, name: str, gguf: str | None, why: str) -> Path:
     """The copy in the cache. Raises HubError, beginning with `why` the Hub is not asked, if there is no whole one."""
     from huggingface_hub import constants
 
@@ -79,6 +85,9 @@ def _cached(repository: str, revision: str, name: str, why: str) -> Path:
         folder = cache.snapshot(root, revision or "main")
         if folder is None:
             raise HubError(f"{why}; and the cache {root.parent} has no copy", file=name)
+        if gguf is not None or (is_gguf(folder) and not any_of(folder)):
+            files_of(folder / gguf if gguf else folder)
+            return folder / gguf if gguf else folder
         found = find(folder)
         for file in (found.family.config, *found.names):
             if not (folder / file).is_file():
@@ -104,6 +113,8 @@ def choose(names: list[str], repository: str) -> list[str]:
             return [*([str(family.whole)] if whole else weights), *beside]
     if ADAPTER_CONFIG in names:
         raise adapter_error(repository, None)
+    if ggufs := [name for name in names if name.endswith(".gguf") and not name.endswith(_IMATRIX)]:
+        return only_gguf(ggufs, repository)
     raise LayoutError("holds no Mixtral checkpoint in a known layout", file=repository)
 
 

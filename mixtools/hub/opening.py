@@ -11,6 +11,8 @@ from ..layouts.detect import open_checkpoint
 from ..storage.source import missing
 from . import cache, fetch
 
+_WORD = r"[\w-][\w.-]*"
+
 
 def locate(name: str | Path) -> Path:
     """Where a model lies on this disk. See `found`."""
@@ -20,16 +22,16 @@ def locate(name: str | Path) -> Path:
 def found(name: str | Path) -> fetch.Located:
     """A path that exists, or a model of the Hub, downloaded into huggingface-hub's cache or found there.
 
-    A repository's folder in that cache stands for its snapshot of refs/main, or its only one. Raises InputError for a
-    path that does not exist and cannot be a Hub name, HubError if the Hub refuses, LayoutError for a cache's folder of
-    several snapshots.
+    `org/name/FILE.gguf` is one file of a repository. A repository's folder in that cache stands for its snapshot of
+    refs/main, or its only one. Raises InputError for a path that does not exist and cannot be a Hub name, HubError if
+    the Hub refuses, LayoutError for a cache's folder of several snapshots.
     """
     path = Path(name)
     if path.exists():
         return fetch.Located(cache.newest(path) if cache.is_repository(path) else path)
-    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(name))
+    hub_name = re.fullmatch(rf"({_WORD}/{_WORD})(?:/((?:{_WORD}/)*{_WORD}\.gguf))?(?:@([\w./-]+))?", str(name))
     if hub_name and not path.is_symlink() and not path.parent.exists():
-        return fetch.snapshot(*str(name).partition("@")[::2])
+        return fetch.snapshot(hub_name[1], hub_name[3] or "", hub_name[2])
     raise InputError(missing(path, "does not exist"), file=str(name))
 
 

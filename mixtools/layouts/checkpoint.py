@@ -15,7 +15,7 @@ from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
 from ..formats import SUFFIXES, Format, Ggml, Part, Plain, Stored, detect
 from ..names import Role, Slot
-from ..storage.dtypes import WEIGHT_DTYPES, DType
+from ..storage.dtypes import ELEMENTS, WEIGHT_DTYPES, DType
 from ..storage.store import Bits, Entry, Store, from_tensor, to_tensor
 from .gguf import About
 from .reader import Spec
@@ -67,7 +67,7 @@ class Checkpoint:
         """How the slot is stored. Raises LayoutError if it is not."""
         piece = self.piece(slot)
         if (found := _format(piece, self.store)) is None:
-            raise LayoutError("is missing", file=self.folder, tensor=piece.name)
+            raise LayoutError("is missing", file=self.place, tensor=piece.name)
         return replace(found, dtype=self.dense) if isinstance(found, Ggml) else found
 
     def piece(self, slot: Slot) -> Piece:
@@ -151,10 +151,16 @@ class Checkpoint:
         return self.folder if self.gguf is None else self.gguf.folder
 
     @property
+    def place(self) -> Path:
+        """What a user calls it: the folder, or the file that is all of it."""
+        return self.folder if self.gguf is None else self.gguf.file
+
+    @property
     def quantization(self) -> str | None:
         """The file type of a GGUF whose weights lie in blocks; None for a dense checkpoint."""
-        quantized = any(isinstance(self.format(slot), Ggml) for slot in self.slots())
-        return self.gguf.file_type if self.gguf is not None and quantized else None
+        if self.gguf is None or all(entry.dtype in ELEMENTS for entry in self.store.entries.values()):
+            return None
+        return self.gguf.file_type
 
     def main_dtype(self) -> DType:
         """Of the dense weights, that of most bytes."""

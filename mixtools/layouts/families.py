@@ -52,9 +52,17 @@ FAMILIES = (
         (HF_BIN, HF_MIXED, HF_V5, HF_FUSED),
     ),
 )
-_PATTERNS = "consolidated.00.pth, consolidated.*.pt, consolidated.safetensors, model*.safetensors, pytorch_model*.bin"
+_PATTERNS = (
+    "consolidated.00.pth, consolidated.*.pt, consolidated.safetensors, model*.safetensors, pytorch_model*.bin, *.gguf"
+)
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = r"adapter_config\.json|adapter_model.*\.(safetensors|bin)"
+
+
+def any_of(folder: Path) -> bool:
+    """Whether the folder holds weight files of a family here."""
+    names = [path.name for path in folder.iterdir()]
+    return any(family_files(family, names) for family in FAMILIES)
 
 
 class Found(NamedTuple):
@@ -74,8 +82,6 @@ def find(path: Path) -> Found:
     its sharded checkpoint. Of a folder with both, the one file is taken, as transformers does, and a remark says so.
     Raises LayoutError, InputError, or UnsafeError for an index that names what is not in its folder.
     """
-    if path.suffix == ".gguf":
-        raise LayoutError("is GGUF; reading GGUF is not supported yet", file=path)
     try:
         if not path.exists():
             raise InputError(missing(path, "does not exist"), file=path)
@@ -112,8 +118,6 @@ def _nothing(path: Path, names: list[str], only: str | None) -> LayoutError:
         document = load_json(config) if config.exists() else {}
         base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
         return adapter_error(path, base if isinstance(base, str) else None)
-    if only is None and any(name.endswith(".gguf") for name in names):
-        return LayoutError("holds GGUF files; reading GGUF is not supported yet", file=path)
     return LayoutError(f"holds no Mixtral checkpoint; looked for {_PATTERNS}", file=path)
 
 

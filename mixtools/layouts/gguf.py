@@ -7,16 +7,18 @@ and constants.py of gguf-py in https://github.com/ggml-org/llama.cpp; the old na
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 from ..names import Role
 from ..storage.gguf_values import Metadata
-from .gguf_config import file_type_name
+from .gguf_config import file_type_name, text
 from .table import Layout, Op, Rule
 
 _BLOCK = "blk.{layer}."
@@ -49,7 +51,7 @@ GGUF = Layout("G", "gguf", "GGUF", _STACKED)
 GGUF_2023 = Layout("G'", "gguf-2023", "GGUF of before April 2024 (a tensor an expert)", _EACH)
 
 
-@dataclass
+@dataclass(eq=False)
 class About:
     """What a GGUF says beside its weights. `document`: the config.json that its metadata stand for."""
 
@@ -63,6 +65,12 @@ class About:
         value = self.metadata.get("general.file_type")
         return file_type_name(value.value if value is not None else None)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it tells of one, right or wrong."""
+        keys = [key for key in self.metadata if key.startswith("tokenizer.")]
+        return bool(keys) and text(self.metadata, "tokenizer.ggml.model") not in ("none", "no_vocab")
+
     @cached_property
     def folder(self) -> Path:
         """A temporary folder of the documents that a folder of Hugging Face's has; it goes with this object.
@@ -71,10 +79,11 @@ class About:
         """
         from ..text.from_gguf import documents
 
-        files = documents(self.metadata, self.file)
-        folder = self._temporary = TemporaryDirectory(prefix="mixtools-gguf-")
+        files = documents(self.metadata, self.file) if self.has_tokenizer else {}
+        folder = Path(mkdtemp(prefix="mixtools-gguf-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, data in {**files, "config.json": json.dumps(self.document, indent=2).encode()}.items():
-            path = Path(folder.name) / name
+            path = folder / name
             path.parent.mkdir(exist_ok=True, parents=True)
             path.write_bytes(data)
-        return Path(folder.name)
+        return folder

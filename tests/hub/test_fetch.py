@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mixtools
 from mixtools import errors
 from mixtools.hub import fetch
 from mixtools.hub.opening import locate
@@ -23,6 +24,8 @@ NANO = Path(__file__).parent.parent / "data" / "nano-mixtral"
 class _Hub(BaseHTTPRequestHandler):
     """The three requests that a download makes: tree, HEAD and GET of a file. Holds one repository."""
 
+    folder = NANO
+
     def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -33,7 +36,7 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        files = {file.name: file for file in NANO.iterdir()}
+        files = {file.name: file for file in self.folder.iterdir()}
         if not f"{path}/".startswith(("/api/models/org/nano/", "/org/nano/")):
             self._send(404, b"{}", X_Error_Code="RepoNotFound")
         elif "/revision/" in path or path == "/api/models/org/nano":
@@ -100,3 +103,53 @@ def test_one_layout_of_several_is_chosen() -> None:
     assert set(fetch.choose(names, "r")) == mistral
     with pytest.raises(errors.LayoutError, match="holds no Mixtral checkpoint"):
         fetch.choose(["README.md", "model.onnx"], "r")
+
+
+@pytest.fixture
+def quants(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of GGUF files, one of them in two parts, as those who publish quantizations have them."""
+    folder = tmp_path / "quants"
+    mixtools.quantize(NANO, folder, type=["Q8_0", "Q4_0"], name="nano")
+    mixtools.quantize(NANO, folder, type=["Q5_0"], name="nano", max_shard_size="2MB")
+    (folder / "nano.imatrix.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(_Hub, "folder", folder)
+    return folder
+
+
+def test_a_gguf_of_a_repository_is_named_behind_it(quants: Path) -> None:
+    found = locate("org/nano/nano.Q4_0.gguf@main")
+    assert found.read_bytes() == (quants / "nano.Q4_0.gguf").read_bytes()
+    assert [path.name for path in found.parent.iterdir()] == ["nano.Q4_0.gguf"]  # gigabytes each: nothing else
+    assert open_checkpoint(found).quantization == "Q4_0"
+
+
+def test_all_parts_of_a_split_gguf_are_fetched(quants: Path) -> None:
+    parts = sorted(path.name for path in quants.glob("nano.Q5_0-*"))
+    assert len(parts) > 1
+    found = locate(f"org/nano/{parts[1]}")
+    assert sorted(path.name for path in found.parent.iterdir()) == parts
+    assert open_checkpoint(found).quantization == "Q5_0"
+
+
+def test_of_several_ggufs_one_must_be_named(quants: Path) -> None:
+    with pytest.raises(
+        errors.LayoutError, match=r"holds 3 GGUF files; name the one you mean, org/nano/nano.Q4_0.gguf: "
+    ):
+        locate("org/nano")
+    with pytest.raises(
+        errors.LayoutError, match=r"org/nano: has no nano.Q2_K.gguf; there is nano.Q4_0.gguf, nano.Q5_0"
+    ):
+        locate("org/nano/nano.Q2_K.gguf")
+
+
+def test_the_only_gguf_of_a_repository_is_the_model(quants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in quants.glob("nano.Q[45]_0*"):
+        path.unlink()
+    assert open_checkpoint(locate("org/nano")).quantization == "Q8_0"
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_checkpoint(locate("org/nano/nano.Q8_0.gguf")).quantization == "Q8_0"
+    assert open_checkpoint(locate("org/nano")).quantization == "Q8_0"
+    with pytest.raises(errors.HubError, match="HF_HUB_OFFLINE is set; and the copy in the cache is not whole"):
+        locate("org/nano/nano.Q4_0.gguf")
