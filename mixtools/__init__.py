@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # for readers of types; at run time __getattr__ finds them, a
     from .hub.opening import open_model
     from .methods.laser.verbs import laser as laser
     from .methods.laser.verbs import spectrum as spectrum
+    from .methods.quantize.imatrix import imatrix as imatrix
+    from .methods.quantize.verbs import quantize as quantize
     from .recipe.run import run_recipe as run_recipe
 
     open = open_model

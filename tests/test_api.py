@@ -30,12 +30,26 @@ from mixtools.verbs import Entry, Forecast
 TREE = Path(__file__).parents[1]
 DATA = TREE / "tests" / "data"
 NANO, TEXT = DATA / "nano-mixtral", DATA / "text.txt"
-FUNCTIONS = ("open", "inspect", "convert", "laser", "spectrum", "perplexity", "check", "generate", "run_recipe")
+FUNCTIONS = (
+    "open",
+    "inspect",
+    "convert",
+    "laser",
+    "spectrum",
+    "quantize",
+    "imatrix",
+    "perplexity",
+    "check",
+    "generate",
+    "run_recipe",
+)
 COMMANDS = {  # by the function behind each
-    "inspect": mixtools.inspect, "laser": mixtools.laser, "spectrum": mixtools.spectrum, "check": mixtools.check,
+    "inspect": mixtools.inspect, "laser": mixtools.laser, "spectrum": mixtools.spectrum, "quantize": mixtools.quantize,
+    "imatrix": mixtools.imatrix,
+    "check": mixtools.check,
     "perplexity": mixtools.perplexity, "generate": mixtools.generate, "run": mixtools.run_recipe,
     "convert torrent-to-hf": mixtools.convert, "convert to-hf": mixtools.convert,
-    "convert hf-to-torrent": mixtools.convert,
+    "convert hf-to-torrent": mixtools.convert, "convert gguf-upgrade": mixtools.convert,
 }  # fmt: skip
 SHARED = {"json", "quiet", "debug", "help"}
 SPELLED = {"src": "source", "file": "recipe", "pairs": "values"}  # SRC, RECIPE, KEY=VALUE on the command line
@@ -74,7 +88,7 @@ def test_a_command_has_the_function_s_names_and_defaults(name: str) -> None:
     offered = {SPELLED.get(option.name, option.name) for option in command(name).params}
     callbacks = {"progress", "on_text", "on_begin", "on_step"}
     missing = parameters.keys() - offered - callbacks
-    assert missing <= ({"to", "max_shard_size", "keep_tied"} if name.startswith("convert") else set())
+    assert missing <= ({"to", "dtype", "max_shard_size", "keep_tied"} if name.startswith("convert") else set())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -141,8 +155,8 @@ def test_convert_to_each_layout(hf: Path, tmp_path: Path) -> None:
     assert (again.output / "consolidated.safetensors").read_bytes() == (
         tmp_path / "consolidated" / "consolidated.safetensors"
     ).read_bytes()
-    with pytest.raises(errors.UsageError, match="not one of hf, torrent, consolidated"):
-        mixtools.convert(hf, tmp_path / "x", "gguf")
+    with pytest.raises(errors.UsageError, match="not one of hf, torrent, consolidated, gguf"):
+        mixtools.convert(hf, tmp_path / "x", "awq")
     assert not (tmp_path / "x").exists()
 
 

@@ -15,4 +15,6 @@ from ..verbs import Entry
 METHODS = {
     "laser": Entry("methods.laser.verbs:laser", "methods.laser.consistent:expect_consistent"),
     "spectrum": Entry("methods.laser.verbs:spectrum"),
+    "imatrix": Entry("methods.quantize.imatrix:imatrix"),
+    "quantize": Entry("methods.quantize.verbs:quantize", "methods.quantize.verbs:preflight"),
 }

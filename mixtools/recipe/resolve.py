@@ -28,7 +28,7 @@ import yaml
 from ..errors import RecipeError
 
 MAX_BYTES = 1 << 20
-PLANNED = ("quantize", "imatrix", "card", "push")  # verbs that recipes may want and that are still to come
+PLANNED = ("card", "push")  # verbs that recipes may want and that are still to come
 _KEYS = ("name", "description", "vars", "steps", "made")
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
@@ -71,9 +71,10 @@ class Step:
 
     @property
     def folder(self) -> Path | None:
-        """Where it writes."""
+        """Where it writes; of a GGUF file the folder that it lies in."""
         paths = [self.options.get(name) for name, option in self.verb.options.items() if option.folder]
-        return next((Path(path) for path in paths if path is not None), None)
+        found = next((Path(path) for path in paths if path is not None), None)
+        return found.parent if found is not None and found.suffix == ".gguf" else found
 
     def inputs(self) -> list[str]:
         named = self.verb.options.items()

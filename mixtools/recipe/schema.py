@@ -9,7 +9,7 @@ from ..verbs import Verb as Function
 from .resolve import Option, Verb
 
 _MODELS = ("SRC", "OUTPUT", "SOURCE", "MODEL")  # metavars, by what they stand for
-_FOLDERS = ("OUT", "DIR")
+_FOLDERS = ("OUT", "DIR", "OUT.gguf", "NEW")  # of a file the folder that it lies in
 
 
 def usable(verbs: Mapping[str, Function]) -> dict[str, Function]:

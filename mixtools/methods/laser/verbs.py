@@ -264,7 +264,7 @@ def _search_job(
     wanted = SearchOptions(method, margin=margin, norm=options.norm, damping=options.damping, routed=options.routed)
     if rule is not None:
         wanted = replace(wanted, rank_rules=(rule,))
-    tokenizer = Tokenizer.from_folder(source.folder)
+    tokenizer = Tokenizer.from_folder(source.beside)
     tokenizer.check_vocab(source.config)
     windows: list[perplexity.Windows] = []
     told: dict[str, Any] = {"samples": texts.samples, "seq_len": texts.seq_len}
@@ -297,11 +297,13 @@ def _open(source: Source, out: Path | None, options: Options) -> tuple[Checkpoin
     from .selection import select
 
     _ = options.method  # a rule that there is not is told first
+    why = "is quantized; spectra need the weights themselves: `mixtools convert to-hf` it first, then take that"
     try:
         checkpoint = open_model(source)
     except QuantizedError as error:
-        why = "is quantized; spectra need the weights themselves: `mixtools convert to-hf` it first, then take that"
         raise QuantizedError(why, file=error.file, tensor=error.tensor) from None
+    if checkpoint.quantization is not None:
+        raise QuantizedError(why, file=checkpoint.place)
     if out is not None and checkpoint.folder.resolve() == out.resolve():
         raise UsageError("the output is the source's own folder; name another", file=out)
     slots = select(checkpoint.config, options)
@@ -322,7 +324,7 @@ def _calibration(
     from ...text.tokenizer import Tokenizer
     from .forecast import BASE_MEMORY
 
-    tokenizer = Tokenizer.from_folder(source.folder)
+    tokenizer = Tokenizer.from_folder(source.beside)
     remark = tokenizer.check_vocab(source.config)
     notes = [] if remark is None else [remark]
     ids = tokenizer.encode(read_text(texts.text), bos=False)

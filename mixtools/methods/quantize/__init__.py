@@ -1,0 +1,1 @@
+"""Quantization: which values a weight may keep, and what tells how much each matters."""

@@ -1,0 +1,119 @@
+"""general.* of a GGUF: what the model is and where it comes from, as far as its source tells.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A Hugging Face folder tells in its card's front matter
+(README.md), a GGUF in its own metadata, which is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ...config import MixtralConfig
+from ...layouts.checkpoint import Checkpoint
+from ...layouts.gguf_config import ARCHITECTURE, FILE_TYPES
+from ...layouts.gguf_files import stem_of
+from ...storage.gguf_values import Kind, Value, array, string, uint32
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+_HUB = "https://huggingface.co/"
+_MAX_CARD = 1 << 20  # bytes of a README.md whose front matter is read
+_TYPE = re.compile(  # behind it, as some publishers have it, their own word for a mixture
+    r"(?P<stem>.+?)[.-](?:(?:UD|i1)-)?(?:" + "|".join([*FILE_TYPES, "FP16", "FP32"]) + ")", re.IGNORECASE
+)
+_DROPPED = ("split.", "general.alignment", "general.file_type", "general.quantization_version", "GGUF.", "quantize.")
+
+
+def default_name(source: Checkpoint) -> str:
+    """What files made of a source are called: the Hub repository's name, the folder's, or a GGUF's without its type."""
+    if source.gguf is None:
+        return folder_name(source.folder)
+    stem = stem_of(source.gguf.file)
+    match = _TYPE.fullmatch(stem)
+    return match["stem"] if match else stem
+
+
+def folder_name(folder: Path) -> str:
+    """Of a snapshot in the Hub's cache the repository's name, not the revision's."""
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  # a link's own name, not what it points to
+    repository = re.fullmatch(r"models--[^/]+?--(.+)", folder.parent.parent.name)
+    if repository and folder.parent.name == "snapshots":
+        return repository[1]
+    return folder.name or "model"
+
+
+def general(source: Checkpoint, name: str, file_type: str, quantized_by: str | None) -> dict[str, Value]:
+    """All but what the architecture and the tokenizer say. Raises nothing: what a card says amiss is left out."""
+    told: dict[str, Value] = {"general.architecture": string(ARCHITECTURE), "general.type": string("model")}
+    if source.gguf is not None:
+        kept = {key: value for key, value in source.gguf.metadata.items() if key.startswith("general.")}
+        told |= {key: value for key, value in kept.items() if not key.startswith(_DROPPED)}
+    else:
+        told |= {"general.name": string(name), "general.size_label": string(size_label(source.config))}
+        told |= dict(_from_card(_front_matter(source.folder / "README.md")))
+    if quantized_by:
+        told["general.quantized_by"] = string(quantized_by)
+    told["general.file_type"] = uint32(FILE_TYPES[file_type])
+    told["general.quantization_version"] = uint32(QUANTIZATION_VERSION)
+    return told
+
+
+def kept(source: Checkpoint) -> dict[str, Value]:
+    """Of a GGUF all other keys, its tokenizer's included; what only its own bytes were is dropped."""
+    assert source.gguf is not None
+    found = source.gguf.metadata.items()
+    return {key: value for key, value in found if not key.startswith((*_DROPPED, "general."))}
+
+
+def size_label(config: MixtralConfig) -> str:
+    """8x7B, as the Hub counts: the experts, and the size of a model with one of them."""
+    alone = config.num_parameters - config.num_layers * (config.num_experts - 1) * 3 * (
+        config.hidden_size * config.intermediate_size
+    )
+    unit, letter = (1e9, "B") if alone >= 1e9 else (1e6, "M")
+    return f"{config.num_experts}x{round(alone / unit)}{letter}"
+
+
+def _front_matter(card: Path) -> Mapping[str, Any]:
+    """The YAML at the head of a card; empty without one that can be read."""
+    import yaml
+
+    try:
+        if card.stat().st_size > _MAX_CARD:
+            return {}
+        match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
+        found = yaml.load(match[1], yaml.BaseLoader) if match else {}  # texts alone: Norwegian is no, and no false
+    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _from_card(card: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    for key in ("license", "license_name", "license_link"):
+        if _is_text(found := card.get(key)):
+            yield f"general.{key.replace('_', '.')}", string(found)
+    bases = [base for base in _texts(card.get("base_model")) if re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
+    if bases:
+        yield "general.base_model.count", uint32(len(bases))
+    for number, base in enumerate(bases):
+        owner, _, model = base.partition("/")
+        key = f"general.base_model.{number}"
+        yield f"{key}.name", string(model.replace("-", " "))
+        yield f"{key}.organization", string(owner)
+        yield f"{key}.repo_url", string(_HUB + base)
+    for key, name in (("tags", "tags"), ("language", "languages")):
+        if texts := [*_texts(card.get(key))]:
+            yield f"general.{name}", array(Kind.STRING, texts)
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """One, or a list of them."""
+    return [one for one in (value if isinstance(value, list) else [value]) if _is_text(one)]
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether there is one, of characters that UTF-8 can hold: YAML can write others."""
+    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)

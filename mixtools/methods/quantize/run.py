@@ -1,0 +1,256 @@
+"""GGUF files as jobs: planned from the configuration alone, and written in one pass over the source.
+
+mixture ─► choices (a type for each slot) ─► Plan (header, offsets) ─► Job, one a file
+slot of the source ─► blocks of rows, once ─► stored as each file has them ─► its region of each file
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import MixtralConfig
+from ...conversion import worker_bytes
+from ...errors import QuantizedError, UsageError
+from ...job import BARE, Fan, Inputs, Job, Target
+from ...layouts.checkpoint import Checkpoint
+from ...layouts.gguf import GGUF
+from ...layouts.gguf_config import architecture
+from ...layouts.table import Layout, from_canonical
+from ...names import Role, Slot
+from ...storage import plan
+from ...storage.dtypes import DType
+from ...storage.gguf_values import Metadata, Value, string, uint32
+from ...storage.output import Output, Region
+from ...storage.plan_gguf import gguf_files
+from ...storage.store import CHUNK, Bits
+from . import about
+from .importance import Importance
+from .mixtures import MATRICES, Choice, Mixture, choose, needs_imatrix
+from .stored import checked, store
+
+_NO_VOCABULARY = {"tokenizer.ggml.model": string("none")}  # as llama.cpp has it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes, but for the mixtures. `name`: of the files, before the type; `stem`: of the only one."""
+
+    name: str
+    stem: str | None = None
+    max_shard_bytes: int | None = None
+    quantized_by: str | None = None
+    importance: Importance | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """One output: its types and its plan. `fallbacks`: tensors whose rows fit no block of the type wanted."""
+
+    mixture: Mixture
+    choices: Mapping[Slot, Choice]
+    layout: Layout
+    plan: plan.Plan
+    fallbacks: Sequence[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors together."""
+        tensors = self.plan.tensors.values()
+        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(_count(tensor.shape) for tensor in tensors)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def plan_file(
+    mixture: Mixture, config: MixtralConfig, metadata: Metadata, stem: str, *, tied: bool, imatrix: bool,
+    max_shard_bytes: int | None,
+) -> File:  # fmt: skip
+    """Header and offsets. Raises UsageError for a type that llama.cpp does not make without an importance matrix."""
+    choices = choose(mixture, config, tied=tied, imatrix=imatrix)
+    if not imatrix and (first := next(needs_imatrix(mixture, choices), None)) is not None:
+        slot, dtype = first
+        name = GGUF.piece(slot, config).name
+        raise UsageError(
+            f"--type {mixture.name} needs an importance matrix, as in llama.cpp ({name} would be {dtype.value}); make "
+            "one with `mixtools imatrix` and give it with --imatrix"
+        )
+    layout = GGUF.sharing(Role.HEAD, Role.EMBED) if tied else GGUF
+    shapes: dict[str, plan.Shape] = {}
+    fallbacks = []
+    for slot in _in_file_order(config):
+        piece, (dtype, wanted) = layout.piece(slot, config), choices[slot]
+        if piece.name not in shapes:
+            shapes[piece.name] = (piece.name, dtype, piece.shape)
+            if wanted is not None:
+                fallbacks.append(f"{piece.name} {wanted.value} -> {dtype.value}")
+    return File(mixture, choices, layout, gguf_files(stem, metadata, [*shapes.values()], max_shard_bytes), fallbacks)
+
+
+def _in_file_order(config: MixtralConfig) -> Iterator[Slot]:
+    """An expert's matrices side by side in each layer; the order of the tensors does not matter to a reader."""
+    return config.slots()
+
+
+def metadata_of(source: Checkpoint, file_type: str, options: Options) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """All keys of a file, and what it lacks. Raises TokenizerError and ConfigError for what a GGUF cannot hold."""
+    told = about.general(source, options.name, file_type, options.quantized_by)
+    missing: tuple[str, ...] = ()
+    if source.gguf is not None:
+        told |= about.kept(source)
+    else:
+        told |= architecture(source.config, source.folder)
+        tokenizer = _vocabulary(source)
+        missing = () if tokenizer else ("tokenizer",)
+        told |= tokenizer or _NO_VOCABULARY
+    if (importance := options.importance) is not None:
+        told |= _about_importance(importance)
+    return told, missing
+
+
+def _vocabulary(source: Checkpoint) -> dict[str, Value]:
+    from ...text.declared import has_tokenizer
+
+    if not has_tokenizer(source.folder):
+        return {}
+    from ...text.to_gguf import vocabulary
+
+    return vocabulary(source.folder, source.config.vocab_size)
+
+
+def _about_importance(importance: Importance) -> dict[str, Value]:
+    """As llama-quantize tells of the matrix that it used."""
+    told = {
+        "quantize.imatrix.file": string(importance.file.name if importance.file else ""),
+        "quantize.imatrix.entries_count": uint32(len(importance.sums)),
+        "quantize.imatrix.chunks_count": uint32(importance.chunks),
+    }
+    if importance.datasets:
+        told["quantize.imatrix.dataset"] = string(importance.datasets[0])
+    return told
+
+
+def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options) -> list[tuple[File, Job]]:
+    """A job for each file type. Raises what `plan_file` and `metadata_of` raise."""
+    planned = []
+    for mixture in mixtures:
+        metadata, missing = metadata_of(source, mixture.name, options)
+        file = plan_file(
+            mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
+            imatrix=options.importance is not None, max_shard_bytes=options.max_shard_bytes,
+        )  # fmt: skip
+        planned.append((file, _job(source, file, options, missing)))
+    return planned
+
+
+def _job(source: Checkpoint, file: File, options: Options, missing: tuple[str, ...]) -> Job:
+    files = source.store.sources
+    sizes = {path.name: path.stat().st_size for one in files for path in one.paths}
+    inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
+    mixture = {key: value for key, value in asdict(file.mixture).items() if value}
+    told: dict[str, Any] = {
+        key: [[pattern, dtype.value] for pattern, dtype in value] if key == "tensor_types"
+        else value.value if isinstance(value, DType) else value
+        for key, value in mixture.items()
+    }  # fmt: skip
+    if options.importance is not None:
+        told["imatrix"] = _digest(options.importance)
+    notes = source.remarks
+    if file.fallbacks:
+        shown = ", ".join(file.fallbacks[:3]) + (", ..." if len(file.fallbacks) > 3 else "")
+        notes += (f"{len(file.fallbacks)} tensors have rows that are no multiple of their type's blocks: {shown}",)
+    return Job(
+        inputs, file.plan, lambda _: (), {"layout": GGUF.name, "options": {"name": options.name}, "quantize": told},
+        {}, {}, missing, notes=notes, title=f"GGUF {file.mixture.name}", label="quantizing", shared=True,
+        base_bytes=BARE, worker_bytes=worker_bytes(source, GGUF) + 2 * CHUNK,
+    )  # fmt: skip
+
+
+def _digest(importance: Importance) -> str:
+    """Of all that decides a byte of an output."""
+    digest = hashlib.sha256()
+    for name in sorted(importance.sums):
+        for part in (name.encode(), importance.sums[name].tobytes(), importance.counts[name].tobytes()):
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def fans(
+    source: Checkpoint, files: Sequence[File], importance: Importance | None
+) -> Callable[[Sequence[Output]], list[Fan]]:
+    """What carries the jobs out: a fan for each slot that has a tensor."""
+
+    def tasks(outputs: Sequence[Output]) -> list[Fan]:
+        made, seen = [], set()
+        for slot in source.slots():
+            targets = tuple(
+                Target(output, _region(source, file, slot), _encoder(source, file, slot, importance))
+                for output, file in zip(outputs, files, strict=True)
+            )
+            place = targets[0].region
+            if place not in seen:  # a tied head is the embedding
+                seen.add(place)
+                made.append(Fan(targets, lambda slot=slot: _blocks(source, slot), (slot,)))  # type: ignore[misc]
+        return made
+
+    return tasks
+
+
+def _region(source: Checkpoint, file: File, slot: Slot) -> Region:
+    piece = file.layout.piece(slot, source.config)
+    return Region(piece.name, piece.start * file.plan.tensors[piece.name].row_bytes)
+
+
+def _blocks(source: Checkpoint, slot: Slot) -> Iterator[Bits]:
+    """Rows in the order in which a GGUF has them, in the source's dtype. Raises TensorError for NaN and infinity."""
+    op, head_dim = GGUF.rules[slot.role].op, source.config.head_dim
+    blocks = source.blocks(slot, CHUNK, GGUF.granule(slot, source.config))
+    for block in checked(blocks, source.spec(slot).dtype, slot):
+        yield from_canonical(op, block, head_dim)
+
+
+def _encoder(source: Checkpoint, file: File, slot: Slot, importance: Importance | None) -> Callable[[Bits], Bits]:
+    shape, dtype = source.spec(slot)
+    target = file.choices[slot].type
+    piece = file.layout.piece(slot, source.config)
+    weights = None
+    if importance is not None and slot.role in MATRICES:
+        weights = importance.weights(piece.name, slot.expert, shape[1])
+    return lambda block: store(block, dtype, target, weights, slot)
+
+
+def expect_weighed(source: Checkpoint, files: Sequence[File], importance: Importance | None) -> None:
+    """Raises UsageError where a tensor needs importances and the matrix has none for it."""
+    for file in files:
+        for slot, dtype in needs_imatrix(file.mixture, file.choices):
+            name = GGUF.piece(slot, source.config).name
+            if importance is None or importance.weights(name, slot.expert, source.spec(slot).shape[1]) is None:
+                place = importance.file if importance is not None else None
+                raise UsageError(f"has no entry for {name}, which {dtype.value} needs", file=place)
+
+
+def expect_not_quantized(source: Checkpoint, requantize: bool) -> None:
+    """Raises QuantizedError for a source that has lost what a second quantization would lose again."""
+    if source.quantization is not None and not requantize:
+        raise QuantizedError(
+            f"is quantized already ({source.quantization}): take the dense model, or make one with `mixtools convert "
+            "to-hf`, or add --requantize, which loses more than either",
+            file=source.place,
+        )
+
+
+def is_config_alone(path: Path) -> Path | None:
+    """The configuration of a folder that holds no weights, for a dry run; None where there are some, or no folder."""
+    if not path.is_dir() or any(
+        one.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt") for one in path.iterdir()
+    ):
+        return None
+    return next((path / name for name in ("config.json", "params.json") if (path / name).is_file()), None)

@@ -1,0 +1,69 @@
+"""Rows as a GGUF stores them: copied, cast, or encoded to blocks; ggml's own bytes in each case."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import TensorError, UsageError
+from ...names import Slot
+from ...ops import cpu
+from ...ops.ggml import NATIVE, encode
+from ...storage.casting import cast, widen
+from ...storage.dtypes import DType
+from ...storage.store import Bits
+from .mixtures import DENSE
+
+Weights = npt.NDArray[np.float32]
+EXTRA = "libgguf"  # what makes the types that no kernel here does
+_GGML = {  # ggml_type, ggml.h: the types left to that package
+    DType.IQ2_XXS: 16, DType.IQ2_XS: 17, DType.IQ3_XXS: 18, DType.IQ1_S: 19, DType.IQ3_S: 21, DType.IQ2_S: 22,
+    DType.IQ1_M: 29, DType.MXFP4: 39,
+}  # fmt: skip
+_FIRST = threading.Lock()  # its tables are made by the first call
+
+
+def expect_encoder(types: set[DType]) -> None:
+    """Raises UsageError for a type that needs a package which is not there."""
+    left = sorted(dtype.value for dtype in types if dtype not in (*DENSE, *NATIVE))
+    if left and importlib.util.find_spec(EXTRA) is None:
+        raise UsageError(f"{', '.join(left)} is encoded by the package {EXTRA}: pip install '{EXTRA}', or mixtools[iq]")
+
+
+def store(bits: Bits, dtype: DType, target: DType, weights: Weights | None, slot: Slot) -> Bits:
+    """Finite rows [rows, columns] of `dtype` as those of `target`: bit patterns, or bytes of blocks [rows, bytes].
+
+    `weights` [columns]: the importance of each column. Raises TensorError for a value that becomes infinite in a cast.
+    """
+    if target in DENSE:
+        return cast(bits, dtype, target, slot)
+    if target in NATIVE:
+        return encode(bits, dtype, target, weights)
+    return _foreign(widen(bits, dtype), target, weights)
+
+
+def checked(blocks: Iterable[Bits], dtype: DType, slot: Slot) -> Iterator[Bits]:
+    """The same rows. Raises TensorError at the first NaN or infinity: no block holds one."""
+    first = 0
+    for block in blocks:
+        bad = cpu.first_nonfinite(np.ascontiguousarray(block), dtype)
+        if bad is not None:
+            row, column = divmod(bad, block.shape[1])
+            value = widen(block[row : row + 1], dtype)[0, column]
+            raise TensorError(f"holds {value} at [{first + row}, {column}]; it cannot be quantized", tensor=str(slot))
+        first += len(block)
+        yield block
+
+
+def _foreign(values: npt.NDArray[np.float32], target: DType, weights: Weights | None) -> Bits:
+    """By the package, whose results are ggml's byte for byte."""
+    package: Any = importlib.import_module(EXTRA)
+    rows, columns = values.shape
+    with _FIRST:
+        data = package.quantize_rows_raw(_GGML[target], np.ascontiguousarray(values), rows, columns, weights)
+    return np.frombuffer(data, np.uint8).reshape(rows, target.row_bytes(columns))
