@@ -12,9 +12,11 @@ from ..progress import Callback, Progress, watched
 from ..verbs import Forecast, Option
 
 if TYPE_CHECKING:
-    from ..job import Job
+    from ..job import Job, Run
     from ..layouts.checkpoint import Checkpoint
     from ..writing import Written
+else:
+    Checkpoint = Path  # not imported for the command line, where a model is a text
 
 Dtype = Annotated[str, Option("keep|bf16|f16|f32", "keep copies bit patterns.")]
 KeepTied = Annotated[bool, Option("", "A head that is the embedding stays one tensor with it.")]
@@ -22,7 +24,7 @@ KeepTied = Annotated[bool, Option("", "A head that is the embedding stays one te
 
 def convert(
     source: Source, out: Out,
-    to: Annotated[str, Option("hf|torrent|consolidated", "The layout to write.")] = "hf", *,
+    to: Annotated[str, Option("hf|torrent|consolidated|gguf", "The layout to write.")] = "hf", *,
     dtype: Dtype = "keep", max_shard_size: ShardSize = "5GB", keep_tied: KeepTied = False,
     dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
     jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
@@ -31,9 +33,10 @@ def convert(
     """A checkpoint in another layout, or re-sharded or cast in its own.
 
     `to`: "hf" (Hugging Face, safetensors in shards), "torrent" (consolidated.00.pth) or "consolidated"
-    (consolidated.safetensors). `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a tensor where
-    it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where `max_memory`
-    is too small for one job, and the errors of reading the source and writing the output (errors.py).
+    (consolidated.safetensors); "gguf" makes a GGUF of before April 2024 into one of today (`quantize` makes one of
+    anything else), and `out` is a file. `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a
+    tensor where it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where
+    `max_memory` is too small for one job, and the errors of reading the source and writing the output (errors.py).
     """
     from ..hub.opening import open_model
     from ..job import Run
@@ -42,10 +45,11 @@ def convert(
     check_device(device)
     limit = parse_limit(max_memory)
     checkpoint = open_model(source)
+    how = Run(overwrite, resume, jobs, watched(progress))
+    if to == "gguf":
+        return _upgrade(checkpoint, Path(out), how, limit, dry_run)
     job = _plan(checkpoint, to, dtype, parse_size(max_shard_size, "max_shard_size"), keep_tied)
-    return write(
-        job, checkpoint, Path(out), Run(overwrite, resume, jobs, watched(progress)), limit=limit, dry_run=dry_run
-    )
+    return write(job, checkpoint, Path(out), how, limit=limit, dry_run=dry_run)
 
 
 def torrent_to_hf(
@@ -58,7 +62,7 @@ def torrent_to_hf(
 
     Example: mixtools convert torrent-to-hf mixtral-8x7b-32kseqlen Mixtral-8x7B-v0.1
     """
-    checkpoint = _of_layout(source, ("A", "A'", "B", "C"), "already; use `mixtools convert to-hf`")
+    checkpoint = _of_layout(source, ("A", "A'", "B", "C"), "none of Mistral's; use `mixtools convert to-hf`")
     return convert(
         checkpoint, out, "hf", dtype=dtype, max_shard_size=max_shard_size, dry_run=dry_run, resume=resume,
         overwrite=overwrite, jobs=jobs, max_memory=max_memory, device=device, progress=progress,
@@ -103,6 +107,36 @@ def hf_to_torrent(
     )  # fmt: skip
 
 
+def gguf_upgrade(
+    source: Annotated[str | Path | Checkpoint, Option("OLD", "The file, or its first part.", argument=True, key="src")],
+    out: Annotated[str | Path, Option("NEW", "File to write, NEW.gguf.", argument=True)], *,
+    dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
+    jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
+    progress: Progress | Callback | None = None,
+) -> Written | Forecast:  # fmt: skip
+    """A GGUF of before April 2024 as one that today's llama.cpp loads; no value changes.
+
+    Example: mixtools convert gguf-upgrade mixtral-8x7b-instruct-v0.1.Q4_K_M.gguf Mixtral-8x7B-Instruct.Q4_K_M.gguf
+
+    llama.cpp refuses the old ones since their experts are tensors of their own. Here they are laid side by side, block
+    for block; the router becomes F32, exactly; metadata and tokenizer are kept.
+    """
+    return convert(
+        source, out, "gguf", dry_run=dry_run, resume=resume, overwrite=overwrite, jobs=jobs, max_memory=max_memory,
+        device=device, progress=progress,
+    )  # fmt: skip
+
+
+def _upgrade(source: Checkpoint, out: Path, how: Run, limit: int | None, dry_run: bool) -> Written | Forecast:
+    from ..gguf_upgrade import plan_upgrade
+    from ..writing import write
+
+    if out.suffix != ".gguf":
+        raise UsageError(f"the output is a file: name it {out.name or 'NEW'}.gguf", file=out)
+    job = plan_upgrade(source, out.name.removesuffix(".gguf"))
+    return write(job, source, out, how, limit=limit, dry_run=dry_run)
+
+
 def preflight(max_shard_size: str | int = 0, **_: Any) -> None:
     """Raises UsageError for values that a command would refuse."""
     parse_size(max_shard_size, "max_shard_size")
@@ -125,5 +159,5 @@ def _plan(source: Checkpoint, to: str, dtype: str, max_shard_bytes: int, keep_ti
     if to == "hf":
         return conversion.plan_hf(source, options)
     if to not in ("torrent", "consolidated"):
-        raise UsageError(f"to: {to!r} is not one of hf, torrent, consolidated")
+        raise UsageError(f"to: {to!r} is not one of hf, torrent, consolidated, gguf")
     return conversion.plan_torrent(source, options, safetensors=to == "consolidated")
