@@ -71,13 +71,13 @@ MIXTOOLS_EXPORT int64_t mixtools_first_nonfinite(const uint8_t* data, int64_t co
     return UNKNOWN;
 }
 
-// dst [rows, blocks * values of a block] = what src [rows, blocks] stands for, rounded to the type `to`. Rows lie
+// dst [rows, values of row_blocks blocks] = src [rows, row_blocks] decoded and rounded to the type `to`. Rows lie
 // src_stride and dst_stride bytes apart; the types are ggml's numbers (blocks.h).
 MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint8_t* dst, int64_t dst_stride,
-                                    int64_t rows, int64_t blocks, int type, int to, int64_t threads, int isa) {
+                                    int64_t rows, int64_t row_blocks, int type, int to, int64_t threads, int isa) {
     const blocks::Decoder decoder = blocks::decoder(type, to, isa);
     if (!decoder.run) return UNKNOWN;
-    blocks::decode_rows(decoder, src, src_stride, dst, dst_stride, rows, blocks, threads);
+    blocks::decode_rows(decoder, src, src_stride, dst, dst_stride, rows, row_blocks, threads);
     return 0;
 }
 

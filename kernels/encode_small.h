@@ -4,7 +4,8 @@
 
 namespace mixtools::LANES_NAMESPACE {
 
-// Of the 32 values at values + 32 * i the least and the greatest, in lane i. Of zeros, it may be any.
+// Of the 32 values at values + 32 * i the least and the greatest, in lane i. Of some zeros it may be any; of 32 zeros,
+// both are the first.
 INLINE void find_range(const float* values, F& least, F& greatest) {
     F low[W], high[W];
     for (int i = 0; i < W; i++) {
@@ -110,7 +111,7 @@ template <int BITS, bool LOW> struct EncodeSmall {
         if (LOW) {
             const M empty = equal(least, zero());  // of which sign is the first?
             if (any(empty)) least = find_first(values, empty, least);
-            range = select(equal(least, greatest), zero(), greatest - least) / splat(float(LEVELS - 1));
+            range = (greatest - least) / splat(float(LEVELS - 1));
         } else {
             const M even = equal(-least, greatest);
             F extreme = select(less(-least, greatest), greatest, least);
@@ -162,10 +163,8 @@ template <int BITS, bool LOW> struct EncodeSmall {
         store(heads.halves, half_bits(fit.scale));
     }
 
-    // As C makes an int8_t of a float on x86: what an int32 cannot hold becomes 0.
-    INLINE static I to_int8(F v) { return (truncate(v) << 24) >> 24; }
-
-    // The first 16 values are the low nibbles; of 5 bits the highest lie before.
+    // The first 16 values are the low nibbles; of 5 bits the highest lie before. Where 1 / scale is infinite, truncate finds
+    // nothing that fits, and the lowest byte of what it says then is 0, as in ggml.
     template <bool SEARCHED>
     INLINE static void write(const float* values, const Heads& heads, int block, uint8_t* out) {
         const F inverse = splat(heads.inverse[block]), low = splat(heads.low[block]);
@@ -179,7 +178,7 @@ template <int BITS, bool LOW> struct EncodeSmall {
                 if (SEARCHED)
                     level[half] = min(max(nearest(v), splat(-TOP)), splat(LEVELS - 1 - TOP)) + raised;
                 else
-                    level[half] = min(to_int8(v + splat(float(TOP) + .5f)), splat(LEVELS - 1));
+                    level[half] = min(truncate(v + splat(float(TOP) + .5f)), splat(LEVELS - 1));
                 if (BITS == 5) {
                     high |= mask_bits(less(splat(15), level[half])) << (j + 16 * half);
                     level[half] = level[half] & 15;

@@ -19,6 +19,7 @@ from quantizing import quantize
 
 import mixtools
 from mixtools import errors
+from mixtools.checking import integrity
 from mixtools.layouts.detect import open_checkpoint
 
 ODD = make.Dims(d=32, f=64, layers=2, heads=2, kv=1, hd=16, vocab=5, experts=3)
@@ -66,8 +67,9 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q2_K", "Q6_K", "Q3_K", "Q5_1", "IQ4_NL"])
-def test_verify_finds_a_scale_that_is_no_number(tmp_path: Path, kind: str) -> None:
-    """The first value of its block is named, in a stacked tensor with its expert."""
+def test_verify_finds_a_scale_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The first value of its block is named, in a stacked tensor with its expert, far into it."""
+    monkeypatch.setattr(integrity, "CHUNK", 3000)
     path = theirs(tmp_path / "x.gguf", kind, SMALL)
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     scale = {"Q2_K": size - 4, "Q3_K": size - 2, "Q6_K": size - 2}.get(kind, 0)
@@ -83,7 +85,8 @@ def test_verify_finds_a_scale_that_is_no_number(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
-def test_verify_finds_infinity(tmp_path: Path, kind: str) -> None:
+def test_verify_finds_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(integrity, "CHUNK", 300)
     path = theirs(tmp_path / "x.gguf", kind)
     tensor = next(one for one in gguf.GGUFReader(path).tensors if one.name == "blk.1.ffn_down_exps.weight")
     raw = bytearray(path.read_bytes())

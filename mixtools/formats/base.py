@@ -50,8 +50,8 @@ class Format(Protocol):
         """The dense matrix [out, in] in `dtype`: the same bits on every machine and with any number of threads."""
         ...
 
-    def decode_rows(self, bits: Bits) -> Bits:
-        """Stored rows [rows, words] as dense ones [rows, columns] in `dtype`; where it is `by_rows`."""
+    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
+        """Stored rows [rows, words] as dense ones [rows, columns] in `dtype`, or into `out`; where it is `by_rows`."""
         ...
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:

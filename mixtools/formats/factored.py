@@ -48,7 +48,7 @@ class Factored:
         a, b = parts
         return (a.float() @ b.float()).to(self.dtype.torch())
 
-    def decode_rows(self, bits: Bits) -> Bits:
+    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
         raise NotImplementedError("a factored matrix is decoded whole")
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:

@@ -32,11 +32,11 @@ class Ggml:
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", self.type, shape),)
 
-    def decode_rows(self, bits: Bits) -> Bits:
+    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
         """Stored rows [rows, bytes] -> [rows, columns] of `dtype`."""
         from ..ops.decode import decode  # numpy's decoders of the rarer types take a while to import
 
-        return decode(bits, self.type, self.dtype)
+        return decode(bits, self.type, self.dtype, out=out)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The part is uint8 [..., bytes of a row]."""

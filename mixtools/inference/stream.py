@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from ..layouts.reader import Reader, Spec
 from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
-from ..storage.store import CHUNK, Bits
+from ..storage.store import Bits
 from . import budget
 from .attention import Span, span
 from .model import Embedding, Head, Layer, Observer, copy
@@ -246,12 +245,12 @@ class Stream:
 
 
 @runtime_checkable
-class Blocks(Protocol):
-    """A reader that gives a tensor in runs of rows; a block is valid until the next is asked for."""
+class Filling(Protocol):
+    """A reader that puts a tensor where it is wanted."""
 
     def spec(self, slot: Slot) -> Spec: ...
 
-    def blocks(self, slot: Slot, max_bytes: int) -> Iterator[Bits]: ...
+    def fill(self, slot: Slot, out: Bits) -> None: ...
 
 
 class Arriving(Layer):
@@ -297,18 +296,15 @@ def _fill(layer: Layer, reader: Reader, slot: Slot) -> None:
     it by torch, whose threads are busy with what is there already.
     """
     weight = Layer.weight(layer, slot)  # its place: an arriving layer's own would wait for what is done here
-    if not isinstance(reader, Blocks) or layer.down.device.type != "cpu":
+    if not isinstance(reader, Filling) or layer.down.device.type != "cpu":
         copy(weight, reader, slot)
         return
     spec = reader.spec(slot)
     if spec.dtype.torch() != weight.dtype:
         weight.copy_(reader.read(slot))
         return
-    rows = weight.view(torch.uint8).numpy().reshape(-1, weight.shape[-1] * spec.dtype.itemsize)
-    at = 0
-    for block in reader.blocks(slot, CHUNK):
-        rows[at : at + len(block)] = block.view(np.uint8)
-        at += len(block)
+    words = weight.view(getattr(torch, f"int{8 * spec.dtype.itemsize}")).numpy()
+    reader.fill(slot, words.view(f"u{spec.dtype.itemsize}").reshape(-1, weight.shape[-1]))
 
 
 def _remarks(plan: Plan, states: States) -> list[str]:

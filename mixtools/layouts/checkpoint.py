@@ -16,7 +16,7 @@ from ..errors import LayoutError, MixtoolsError, TensorError
 from ..formats import SUFFIXES, Format, Ggml, Part, Plain, Stored, detect
 from ..names import Role, Slot
 from ..storage.dtypes import ELEMENTS, WEIGHT_DTYPES, DType
-from ..storage.store import Bits, Entry, Store, from_tensor, to_tensor
+from ..storage.store import CHUNK, Bits, Entry, Store, from_tensor, to_tensor
 from .gguf import About
 from .reader import Spec
 from .table import Layout, Op, Piece, to_canonical
@@ -104,6 +104,23 @@ class Checkpoint:
                     yield to_canonical(op, bits[:, part], self.config.head_dim)
             else:
                 yield to_canonical(op, bits, self.config.head_dim)
+
+    def fill(self, slot: Slot, out: Bits) -> None:
+        """The tensor as `read` gives it into `out` [rows, columns], dense, of its dtype's words."""
+        format, (name, _, start, stop, op) = self.format(slot), self.piece(slot)
+        if not isinstance(format, Ggml) or op is not Op.KEEP:
+            at = 0
+            for block in self.blocks(slot, CHUNK):
+                out[at : at + len(block)] = block
+                at += len(block)
+            return
+        entry = self.store.entries[name]  # decoded in place: blocks are small, and their values are moved once
+        step = min(stop - start, max(1, CHUNK // entry.row_bytes))
+        buffer = np.empty((step, entry.row_bytes), np.uint8)
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            bits = self.store.read_rows(name, at, end, out=buffer[: end - at])
+            format.decode_rows(bits, out[at - start : end - start])
 
     def _decoded(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
         """As `blocks`, of a matrix in another format: decoded whole, so that blocks do not change a bit."""

@@ -66,10 +66,13 @@ def instruction_set() -> Isa:
 
     Raises UsageError if MIXTOOLS_ISA names none, or one that this machine lacks.
     """
-    best, asked = best_instruction_set(), os.environ.get(ISA_VARIABLE)
-    if not asked:
-        return best
-    names = {isa.name.lower(): isa for isa in Isa if isa <= best}
+    asked = os.environ.get(ISA_VARIABLE)
+    return _named(asked) if asked else best_instruction_set()
+
+
+@functools.cache
+def _named(asked: str) -> Isa:
+    names = {isa.name.lower(): isa for isa in Isa if isa <= best_instruction_set()}
     if asked not in names:
         raise UsageError(f"{ISA_VARIABLE}={asked}: this machine runs {', '.join(names)}")
     return names[asked]

@@ -2,7 +2,7 @@
 
 A row of blocks becomes a row of bit patterns of BF16, F16 or F32: ggml's own value in fp32, bit for bit, rounded once
 to nearest even. Our kernels (kernels/decode.h) know the types in NATIVE, on each instruction set with the same bytes;
-the others go through the numpy decoders of the gguf package, which are some hundred times slower.
+the others go through the numpy decoders of the gguf package, which are about a hundred times slower.
 """
 
 from __future__ import annotations

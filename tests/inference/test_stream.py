@@ -246,7 +246,7 @@ def test_files_are_read_into_place_in_blocks(nano, stacked, dtype, monkeypatch):
         for size in (1 << 12, 1 << 22):
             monkeypatch.setattr(stream_module, "CHUNK", size)
             checkpoint = open_checkpoint(folder)
-            assert isinstance(checkpoint, stream_module.Blocks)
+            assert isinstance(checkpoint, stream_module.Filling)
             filled = stream_module.fill(Layer(nano.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
             expected = Layer.load(nano, 1, torch.device("cpu"), dtype)
             assert filled.index == 1

@@ -33,6 +33,7 @@ def rows_of_all_kinds(seed: int = 0) -> tuple[list[str], np.ndarray]:
     normal = functools.partial(rng.standard_normal, shape, np.float32)
     few = rng.random(shape) < 0.01
     bits = rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)
+    below_halves = np.nextafter(rng.integers(-3, 3, shape).astype(np.float32) + np.float32(0.5), np.float32(0))
     kinds = {
         "normal": normal() * np.float32(0.02),
         "heavy-tailed": 0.02 * rng.standard_t(1.5, shape),
@@ -44,6 +45,7 @@ def rows_of_all_kinds(seed: int = 0) -> tuple[list[str], np.ndarray]:
         "zeros and negative zeros": np.where(rng.random(shape) < 0.5, 0.0, -0.0),
         "sparse": np.where(few, normal(), 0),
         "half zero": np.where(rng.random(shape) < 0.5, normal(), -0.0),
+        "not negative": np.where(rng.random(shape) < 0.5, np.abs(normal()), np.where(rng.random(shape) < 0.5, 0, -0.0)),
         "one value a block": np.where(np.arange(COLS) % 256 == 77, normal(), 0),
         "positive": 1 + np.abs(normal()),
         "negative": -1 - np.abs(normal()),
@@ -51,10 +53,13 @@ def rows_of_all_kinds(seed: int = 0) -> tuple[list[str], np.ndarray]:
         "narrower": -1 - 2e-7 * np.abs(normal()),
         "two values": np.where(rng.random(shape) < 0.5, 0.1, -0.3),
         "integers": rng.integers(-8, 9, shape),
+        "just below halves": np.where(np.arange(COLS) % 32 == 7, 127, below_halves),
         "denormal": normal() * 1e-40,
         "hardly normal": normal() * 1e-38,
         "below halves": normal() * 1e-8,
+        "hardly anything": normal() * 5e-16,
         "tiny": normal() * 1e-20,
+        "cubes hardly fit": rng.uniform(1e12, 2e12, shape) * rng.choice([-1, 1], shape),
         "large": normal() * 1e15,
         "squares overflow": normal() * 1e19,
         "huge": normal() * 1e37,
@@ -120,6 +125,38 @@ def test_bytes_equal_ggml(isa, type, importance):
 def test_the_oracles_agree(type, importance):
     other = by_libgguf(ROWS, type, IMPORTANCE[importance])
     np.testing.assert_array_equal(other, expected(type, importance))
+
+
+@functools.cache
+def million(type: DType) -> tuple[np.ndarray, np.ndarray]:
+    rows = normal(256, 4096)
+    return rows, by_ggml(rows, type)
+
+
+@each_type
+def test_bytes_of_a_million_values_equal_ggml(isa, type):
+    rows, blocks = million(type)
+    np.testing.assert_array_equal(ggml.encode(rows, DType.F32, type), blocks)
+
+
+# Found by search among 50,000: fits whose range closes, scales below zero, sums of scales that lose their sign.
+CORNERS = [85, 137, 368, 453, 600, 615, 964, 1117, 2109, 2428, 11260]
+
+
+@each_type
+@pytest.mark.parametrize("seed", CORNERS)
+def test_corners_of_the_searches(isa, type, seed):
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal((16, 256), np.float32)
+    rows = [
+        lambda: np.where(rng.random((16, 256)) < 0.1, normal, 0),
+        lambda: -1 - np.abs(normal),
+        lambda: rng.integers(-8, 9, (16, 256)),
+        lambda: np.where(rng.random((16, 256)) < 0.5, normal, 0),
+    ][seed % 4]().astype(np.float32)
+    few = np.exp(rng.uniform(-9, 9, 256)) * (rng.random(256) < rng.choice([0.03, 0.1, 0.5]))
+    importance = few.astype(np.float32)
+    np.testing.assert_array_equal(ggml.encode(rows, DType.F32, type, importance), by_ggml(rows, type, importance))
 
 
 @each_type

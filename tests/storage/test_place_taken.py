@@ -55,6 +55,15 @@ def test_somebodys_own(tmp_path: Path, taken: str, listed: bool) -> None:
     assert beside.work(tmp_path) == []
 
 
+def test_a_part_of_another_output_is_replaced(tmp_path: Path) -> None:
+    """By one of that name: what is left of the other is no output any more, and not listed as one."""
+    beside.write(tmp_path, "split")
+    beside.write(tmp_path, "split-00002-of-00003", overwrite=True)
+    left = beside.files("split")
+    del left["split-00002-of-00003.gguf"]
+    assert beside.found(tmp_path) == {**left, **beside.expected([("split-00002-of-00003", 0)])}
+
+
 @pytest.mark.parametrize("how", ["flipped", "longer", "a link to the same", "a folder"])
 def test_changed_since_it_was_written(tmp_path: Path, how: str) -> None:
     folder = tmp_path / "out"

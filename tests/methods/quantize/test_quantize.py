@@ -24,6 +24,7 @@ from mixtools.layouts.detect import open_checkpoint
 from mixtools.layouts.gguf import GGUF
 from mixtools.layouts.gguf_config import FILE_TYPES
 from mixtools.methods.quantize.mixtures import Mixture, choose
+from mixtools.storage.output import Output
 
 DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "nano-mixtral"
@@ -271,13 +272,17 @@ def test_split(tmp_path: Path, source: Path, plain: Path) -> None:
     assert len([*tmp_path.glob("*.gguf")]) == sum(row["parts"] for row in done.document["files"])
 
 
-def test_tied(tmp_path: Path) -> None:
-    """One tensor, of the head's type."""
+def test_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor, of the head's type, made once."""
     canonical = make.hf(MODEL, SMALL)
     del canonical["lm_head.weight"]
     folder = make.write_hf(tmp_path / "tied", canonical, SMALL)
     make.write_json(folder / "config.json", {**SMALL.config(), "tie_word_embeddings": True})
+    regions: list[tuple[Path, object]] = []
+    wrote = Output.wrote
+    monkeypatch.setattr(Output, "wrote", lambda self, *told: (regions.append((self.work, told[0])), wrote(self, *told)))
     quantize(folder, tmp_path / "out", "Q4_K_M", "F16")
+    assert len({*regions}) == len(regions) == 2 * (len(make.hf(MODEL, SMALL)) - 1)
     found = tensors(tmp_path / "out" / "tied.Q4_K_M.gguf")
     assert "output.weight" not in found and found["token_embd.weight"].type == "Q6_K"
     assert_holds(found, {name: array for name, array in VALUES.items() if name != "output.weight"})

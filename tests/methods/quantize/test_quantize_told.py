@@ -126,6 +126,25 @@ def test_lines_for_people(tmp_path: Path, source: Path) -> None:
     assert any("the source has no tokenizer" in line for line in rest)
 
 
+def test_progress_reaches_its_end(tmp_path: Path, source: Path) -> None:
+    """And no further, also where a part was made before."""
+    steps: list[tuple[str, int]] = []
+
+    class Told:
+        def start(self, label: str, total: int, unit: str = "B") -> None:
+            steps.append((label, total))
+
+        def advance(self, amount: int) -> None:
+            steps.append(("", -amount))
+
+        def finish(self) -> None:
+            pass
+
+    done = quantize(source, tmp_path / "out", "Q8_0", "F16", progress=Told())
+    assert steps[0] == ("quantizing", done.bytes)
+    assert sum(amount for _, amount in steps) == 0
+
+
 def test_the_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many types are made of it."""
     from mixtools.storage.source import Source
