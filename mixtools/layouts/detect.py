@@ -30,7 +30,7 @@ def open_checkpoint(path: Path, *, strict: bool = True, remarks: tuple[str, ...]
     Without it, missing, unknown and misshapen tensors are listed in `problems` instead. `remarks`: what is known of
     the path already, told before what is found here.
     """
-    if path.suffix == ".gguf" or (path.is_dir() and is_gguf(path) and not any_of(path)):
+    if path.suffix == ".gguf" or (is_gguf(path) and not any_of(path)):
         return open_gguf(path, strict=strict, remarks=remarks)
     found = find(path)
     folder, family = found.folder, found.family

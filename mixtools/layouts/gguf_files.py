@@ -26,10 +26,13 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the path is a GGUF file, or a folder that holds some."""
+    """Whether the path is a GGUF file, or a folder that holds some; not of what cannot be looked into."""
     if path.suffix == ".gguf":
         return True
-    return path.is_dir() and any(_is_file(one) for one in path.iterdir())
+    try:
+        return any(_is_file(one) for one in path.iterdir())
+    except OSError:
+        return False
 
 
 def _is_file(path: Path) -> bool:

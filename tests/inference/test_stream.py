@@ -12,6 +12,7 @@ import torch
 from mixtral_oracle import NANO, SHAPES, of_range, read_nano, transformers_model
 from streaming import allocated, least_memory, some_ids
 
+import mixtools
 from mixtools.errors import DiskError, InputError, MemoryBudgetError, TensorError
 from mixtools.inference import host
 from mixtools.inference import states as states_module
@@ -244,7 +245,7 @@ def test_files_are_read_into_place_in_blocks(nano, stacked, dtype, monkeypatch):
     """Rotary rows, transposed experts, another dtype: as from whole tensors, whatever the size of a block."""
     for folder in (NANO, stacked):
         for size in (1 << 12, 1 << 22):
-            monkeypatch.setattr(stream_module, "CHUNK", size)
+            monkeypatch.setattr("mixtools.layouts.checkpoint.CHUNK", size)
             checkpoint = open_checkpoint(folder)
             assert isinstance(checkpoint, stream_module.Filling)
             filled = stream_module.fill(Layer(nano.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
@@ -252,3 +253,15 @@ def test_files_are_read_into_place_in_blocks(nano, stacked, dtype, monkeypatch):
             assert filled.index == 1
             for slot in layer_slots(1, 8):
                 assert torch.equal(filled.weight(slot), expected.weight(slot)), slot
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_are_decoded_in_place(dtype, tmp_path, monkeypatch):
+    """As from whole tensors, whatever the size of a block."""
+    mixtools.quantize(NANO, tmp_path, type=["Q4_K_M"], name="nano")
+    checkpoint = open_checkpoint(tmp_path)
+    for size in (1 << 12, 1 << 22):
+        monkeypatch.setattr("mixtools.layouts.checkpoint.CHUNK", size)
+        filled = stream_module.fill(Layer(checkpoint.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
+        for slot in layer_slots(1, 8):
+            assert torch.equal(filled.weight(slot), checkpoint.read(slot).to(dtype)), slot

@@ -208,7 +208,6 @@ def test_missing_file_of_layout_b(tmp_path: Path) -> None:
     [
         ([], "holds no Mixtral"),
         (["README.md"], "holds no Mixtral"),
-        (["model.gguf"], "GGUF"),
         (["model-.safetensors"], "holds no Mixtral"),
         (["consolidated.01.pth"], "holds no Mixtral"),
     ],
