@@ -82,7 +82,7 @@ def dtype_named(text: str, option: str) -> DType:
     """A tensor's type by ggml's name, whatever its case. Raises UsageError, which lists them."""
     known = [dtype.value for dtype in DType if dtype in DENSE or dtype not in ELEMENTS]
     if text.upper() not in known:
-        raise UsageError(f"{option} {text}: there is no such type; there are {', '.join(known)}")
+        raise UsageError(f"{option}{text}: there is no such type; there are {', '.join(known)}")
     return DType[text.upper()]
 
 

@@ -213,7 +213,7 @@ def _blocks(source: Checkpoint, slot: Slot) -> Iterator[Bits]:
     """Rows in the order in which a GGUF has them, in the source's dtype. Raises TensorError for NaN and infinity."""
     op, head_dim = GGUF.rules[slot.role].op, source.config.head_dim
     blocks = source.blocks(slot, CHUNK, GGUF.granule(slot, source.config))
-    for block in checked(blocks, source.spec(slot).dtype, slot):
+    for block in checked(blocks, source.spec(slot).dtype, source.entry(slot)):
         yield from_canonical(op, block, head_dim)
 
 

@@ -16,7 +16,7 @@ from ...ops import cpu
 from ...ops.ggml import NATIVE, encode
 from ...storage.casting import cast, widen
 from ...storage.dtypes import DType
-from ...storage.store import Bits
+from ...storage.store import Bits, Entry
 from .mixtures import DENSE
 
 Weights = npt.NDArray[np.float32]
@@ -47,15 +47,16 @@ def store(bits: Bits, dtype: DType, target: DType, weights: Weights | None, slot
     return _foreign(widen(bits, dtype), target, weights)
 
 
-def checked(blocks: Iterable[Bits], dtype: DType, slot: Slot) -> Iterator[Bits]:
-    """The same rows. Raises TensorError at the first NaN or infinity: no block holds one."""
+def checked(blocks: Iterable[Bits], dtype: DType, entry: Entry) -> Iterator[Bits]:
+    """The same rows, stored in `entry`. Raises TensorError at the first NaN or infinity: no block holds one."""
     first = 0
     for block in blocks:
         bad = cpu.first_nonfinite(np.ascontiguousarray(block), dtype)
         if bad is not None:
             row, column = divmod(bad, block.shape[1])
             value = widen(block[row : row + 1], dtype)[0, column]
-            raise TensorError(f"holds {value} at [{first + row}, {column}]; it cannot be quantized", tensor=str(slot))
+            why = f"holds {value} at [{first + row}, {column}]; it cannot be quantized"
+            raise TensorError(why, file=entry.source.label, tensor=entry.name)
         first += len(block)
         yield block
 

@@ -136,8 +136,8 @@ def _mixtures(
     names = list(dict.fromkeys(map(type_named, types)))
     return [
         Mixture(
-            name, pure, tuple(overrides), dtype_named(output, "--output-tensor-type") if output else None,
-            dtype_named(embedding, "--token-embedding-type") if embedding else None, rules,
+            name, pure, tuple(overrides), dtype_named(output, "--output-tensor-type ") if output else None,
+            dtype_named(embedding, "--token-embedding-type ") if embedding else None, rules,
         )
         for name in names
     ]  # fmt: skip

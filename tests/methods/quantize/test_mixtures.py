@@ -244,7 +244,7 @@ def test_unknown_names_list_the_known(text: str) -> None:
 @pytest.mark.parametrize("text", ["Q4_K_M", "I32", "U8", "F64", "float16", ""])
 def test_unknown_tensor_types_list_the_known(text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        mixtures.dtype_named(text, "--output-tensor-type")
+        mixtures.dtype_named(text, "--output-tensor-type ")
     before, _, listed = str(caught.value).partition("there are ")
     assert before == f"--output-tensor-type {text}: there is no such type; "
     assert {"F32", "BF16", "Q4_K", "IQ4_XS", "MXFP4"} < {*listed.split(", ")} and "I32" not in listed

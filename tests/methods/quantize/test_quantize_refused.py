@@ -15,7 +15,6 @@ from quantizing import LEAST, SMALL, TINY, expected, quantize, tensors
 import mixtools
 from mixtools import errors
 from mixtools.methods.quantize.results import Planned
-from mixtools.names import Role, Slot
 
 DIMS = LEAST._replace(layers=2)
 W2 = "layers.1.feed_forward.experts.1.w2.weight"
@@ -37,7 +36,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float, name: str) ->
     source = make.write_a(tmp_path / "x", DIMS, model)
     with pytest.raises(errors.TensorError, match=rf"holds {value} at \[7, 33\]; it cannot be quantized") as caught:
         quantize(source, tmp_path / "out", name)
-    assert caught.value.tensor == str(Slot(Role.DOWN, 1, 1))
+    assert caught.value.tensor == W2 and caught.value.file == str(source / "consolidated.00.pth")
     assert nothing_written(tmp_path / "out")
 
 
