@@ -20,6 +20,7 @@ from ...storage.gguf_values import Kind, Value, array, string, uint32
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _HUB = "https://huggingface.co/"
+_UNITS = ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _MAX_CARD = 1 << 20  # bytes of a README.md whose front matter is read
 _TYPE = re.compile(  # behind it, as some publishers have it, their own word for a mixture
     r"(?P<stem>.+?)[.-](?:(?:UD|i1)-)?(?:" + "|".join([*FILE_TYPES, "FP16", "FP32"]) + ")", re.IGNORECASE
@@ -52,7 +53,11 @@ def general(source: Checkpoint, name: str, file_type: str, quantized_by: str | N
         kept = {key: value for key, value in source.gguf.metadata.items() if key.startswith("general.")}
         told |= {key: value for key, value in kept.items() if not key.startswith(_DROPPED)}
     else:
-        told |= {"general.name": string(name), "general.size_label": string(size_label(source.config))}
+        named = re.search(r"(?<![\w.])\d+x\d+(\.\d+)?[KMBT](?![\w.])", name)  # as llama.cpp's converter: the name's own
+        told |= {
+            "general.name": string(name),
+            "general.size_label": string(named[0] if named else size_label(source.config)),
+        }
         told |= dict(_from_card(_front_matter(source.folder / "README.md")))
     if quantized_by:
         told["general.quantized_by"] = string(quantized_by)
@@ -69,12 +74,11 @@ def kept(source: Checkpoint) -> dict[str, Value]:
 
 
 def size_label(config: MixtralConfig) -> str:
-    """8x7B, as the Hub counts: the experts, and the size of a model with one of them."""
-    alone = config.num_parameters - config.num_layers * (config.num_experts - 1) * 3 * (
-        config.hidden_size * config.intermediate_size
-    )
-    unit, letter = (1e9, "B") if alone >= 1e9 else (1e6, "M")
-    return f"{config.num_experts}x{round(alone / unit)}{letter}"
+    """8x7.2B, as llama.cpp counts: the experts, and the size of a model with one of them, in two digits at least."""
+    expert = 3 * config.hidden_size * config.intermediate_size
+    alone = config.num_parameters - config.num_layers * (config.num_experts - 1) * expert
+    scaled, letter = next((alone / size, letter) for size, letter in _UNITS if alone >= size or letter == "K")
+    return f"{config.num_experts}x{scaled:.{max(0, 2 - len(str(round(scaled))))}f}{letter}"
 
 
 def _front_matter(card: Path) -> Mapping[str, Any]:

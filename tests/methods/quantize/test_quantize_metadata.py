@@ -33,7 +33,7 @@ def general(folder: Path, **options: Any) -> dict[str, Any]:
     return {key.removeprefix("general."): value for key, value in found.items() if key.startswith("general.")}
 
 
-ALWAYS = {"architecture": "llama", "type": "model", "name": "my-model", "size_label": "2x0M", "file_type": 7,
+ALWAYS = {"architecture": "llama", "type": "model", "name": "my-model", "size_label": "2x10K", "file_type": 7,
           "quantization_version": 2}  # fmt: skip
 
 
@@ -116,8 +116,8 @@ def test_stretched_as_no_gguf_can_tell(folder: Path, scaling: dict[str, Any], wh
 
 @pytest.mark.parametrize(
     ("dims", "label"),
-    [((4096, 14336, 32, 32, 8, 128, 32000, 8), "8x7B"), ((6144, 16384, 56, 48, 8, 128, 32768, 8), "8x22B"),
-     ((256, 256, 2, 4, 2, 64, 2048, 8), "8x2M")],
+    [((4096, 14336, 32, 32, 8, 128, 32000, 8), "8x7.2B"), ((6144, 16384, 56, 48, 8, 128, 32768, 8), "8x22B"),
+     ((256, 256, 2, 4, 2, 64, 2048, 8), "8x1.8M")],
 )  # fmt: skip
 def test_size_labels(dims: tuple[int, ...], label: str) -> None:
     from mixtools.config import MixtralConfig
@@ -239,3 +239,8 @@ def test_the_tokenizer_of_a_folder(folder: Path) -> None:
     with pytest.raises(errors.MixtoolsError):
         told(folder)
     assert not (folder.parent / "out").exists()
+
+
+def test_a_size_that_the_name_tells_is_the_size(folder: Path) -> None:
+    assert general(folder, name="Mixtral-8x7B-Instruct-v0.1")["size_label"] == "8x7B"
+    assert general(folder, name="a8x7Bb")["size_label"] == ALWAYS["size_label"]
