@@ -163,8 +163,8 @@ template <int BITS, bool LOW> struct EncodeSmall {
         store(heads.halves, half_bits(fit.scale));
     }
 
-    // The first 16 values are the low nibbles; of 5 bits the highest lie before. Where 1 / scale is infinite, truncate finds
-    // nothing that fits, and the lowest byte of what it says then is 0, as in ggml.
+    // The first 16 values are the low nibbles; of 5 bits the highest lie before. Where 1 / scale is infinite, truncate
+    // finds nothing that fits, and the lowest byte of what it says then is 0, as in ggml.
     template <bool SEARCHED>
     INLINE static void write(const float* values, const Heads& heads, int block, uint8_t* out) {
         const F inverse = splat(heads.inverse[block]), low = splat(heads.low[block]);
