@@ -1,9 +1,10 @@
-// Searches for the scale and min of sub-blocks whose values are scale * level + min, level an integer in 0 .. TOP: ggml's,
-// from ggml-quants.c of https://github.com/ggml-org/llama.cpp. make_qkx2_quants and make_qkx3_quants are `fit` here,
-// make_qp_quants is `fit_levels`.
+// Searches for the scale and min of sub-blocks whose values are scale * level + min, level an integer in 0 .. TOP:
+// ggml's, from ggml-quants.c of https://github.com/ggml-org/llama.cpp. make_qkx2_quants and make_qkx3_quants are `fit`
+// here, make_qp_quants is `fit_levels`.
 //
 // Each lane does what ggml does for its sub-block, operation by operation: the order of sums, the unequal `<` and `<=`,
-// what wraps in a byte. Where ggml branches, a mask takes the result of its branch. Included once for each instruction set.
+// what wraps in a byte. Where ggml branches, a mask takes the result of its branch. Included once for each instruction
+// set.
 
 namespace mixtools::LANES_NAMESPACE {
 
@@ -122,9 +123,9 @@ INLINE void improve(const SubBlocks<Search::N, G>& sub, const F* level_scale, co
     }
 }
 
-// Fits sub-blocks whose x and weight are given. Search is a struct: N values in a sub-block, levels 0 .. TOP, whether the
-// error is ABSOLUTE or squared, and candidates number 0 .. STEPS that spread the values over FIRST + STEP * number + TOP
-// levels. Each starts from the least value that the best one before it found.
+// Fits sub-blocks whose x and weight are given. Search is a struct: N values in a sub-block, levels 0 .. TOP, whether
+// the error is ABSOLUTE or squared, and candidates number 0 .. STEPS that spread the values over
+// FIRST + STEP * number + TOP levels. Each starts from the least value that the best one before it found.
 template <class Search, int G> INLINE void fit(SubBlocks<Search::N, G>& sub, Fit* fits) {
     F level_scale[G], scale[G], low[G], error[G];
     LevelSums sums[G];

@@ -1,5 +1,5 @@
-// Q4_K, Q5_K and Q2_K: 256 values in sub-blocks of 32 or 16, value = scale * level - min in each; the scales and mins are
-// integers of 6 or 4 bits, times two halves of the block. The layouts are those of ggml-common.h, the rounding of
+// Q4_K, Q5_K and Q2_K: 256 values in sub-blocks of 32 or 16, value = scale * level - min in each; the scales and mins
+// are integers of 6 or 4 bits, times two halves of the block. The layouts are those of ggml-common.h, the rounding of
 // ggml-quants.c (https://github.com/ggml-org/llama.cpp). Included once for each instruction set.
 
 namespace mixtools::LANES_NAMESPACE {
@@ -50,9 +50,9 @@ INLINE void pack_nibbles(const uint8_t* level, uint8_t* out) {
         for (int i = 0; i < 32; i++) out[i] = (level[j + i] & 15) | level[j + i + 32] << 4;
 }
 
-// N values in a sub-block, levels 0 .. TOP, scales and mins 0 .. SCALE_TOP; what else `fit` wants of a search; whether the
-// weight of a value is its size alone or has the root of the sub-block's MEAN_SQUARE added; and whether scales that wrap, as
-// negative ones do, are CLIPPED. All as ggml has it.
+// N values in a sub-block, levels 0 .. TOP, scales and mins 0 .. SCALE_TOP; what else `fit` wants of a search; whether
+// the weight of a value is its size alone or has the root of the sub-block's MEAN_SQUARE added; and whether scales that
+// wrap, as negative ones do, are CLIPPED. All as ggml has it.
 struct Q4KFormat {
     static constexpr int BYTES = 144, N = 32, TOP = 15, SCALE_TOP = 63, STEPS = 20;
     static constexpr float FIRST = -1.f, STEP = .1f;
@@ -100,8 +100,8 @@ template <class Format> struct Weighted : Format {
     static constexpr bool ABSOLUTE = false, CLIPPED = Format::TOP == 31;
 };
 
-// Encodes W blocks: a lane for each sub-block while that is fitted, for each block while its scales and mins are rounded,
-// and for each value in the end.
+// Encodes W blocks: a lane for each sub-block while that is fitted, for each block while its scales and mins are
+// rounded, and for each value in the end.
 template <class Format> struct EncodeAffine {
     static constexpr int VALUES = 256, BYTES = Format::BYTES, BATCH = W;
     static constexpr int N = Format::N, SUBS = VALUES / N, TOP = Format::TOP, G = 4;
@@ -175,21 +175,16 @@ template <class Format> struct EncodeAffine {
     // For each sub-block the mean square of its block, doubled for sub-blocks of 32.
     static void find_variances(const float* values, float* variance) {
         alignas(64) float of_block[W];
-        F sum = zero(), x[W];
-        for (int j = 0; j < VALUES; j += W) {
-            load_transposed<W>(values + j, VALUES, x);
-            for (int k = 0; k < W; k++) sum = sum + x[k] * x[k];
-        }
-        store(of_block, splat(N == 32 ? 2.f : 1.f) * sum / splat(float(VALUES)));
+        store(of_block, splat(N == 32 ? 2.f : 1.f) * sum_squares<VALUES>(values) / splat(float(VALUES)));
         for (int i = 0; i < SUBS * W; i++) variance[i] = of_block[i / SUBS];
     }
 
     static void round_scales(const SubFits& fits, bool weighted, Heads<SUBS>& heads) {
-        F scales[SUBS], mins[SUBS], weights[SUBS], unit, min_unit;
+        F scales[SUBS], mins[SUBS], weights[SUBS], unit, min_unit;  // a lane for each block
         I scale_level[SUBS], min_level[SUBS];
-        by_block(fits.scale, scales);
-        by_block(fits.min, mins);
-        by_block(fits.weight, weights);
+        load_transposed<SUBS>(fits.scale, SUBS, scales);
+        load_transposed<SUBS>(fits.min, SUBS, mins);
+        load_transposed<SUBS>(fits.weight, SUBS, weights);
         if (weighted) {
             unit = fit_levels<SUBS, Format::SCALE_TOP>(scales, weights, scale_level);
             min_unit = fit_levels<SUBS, Format::SCALE_TOP>(mins, weights, min_level);
@@ -205,15 +200,6 @@ template <class Format> struct EncodeAffine {
         const I half = half_bits(unit), min_half = half_bits(min_unit);
         store(heads.units, half | (min_half << 16));
         pack_scales(scale_level, min_level, from_half_bits(half), from_half_bits(min_half), heads);
-    }
-
-    // One lane for each block.
-    INLINE static void by_block(const float* from, F* to) {
-        for (int sub = 0; sub < SUBS; sub++) {
-            alignas(64) float lanes[W];
-            for (int block = 0; block < W; block++) lanes[block] = from[block * SUBS + sub];
-            to[sub] = load(lanes);
-        }
     }
 
     // The nearest under the rounded scale and min. Where the scale was rounded to zero, the levels of the fit stay.

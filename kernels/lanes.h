@@ -30,7 +30,7 @@ INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE M less(I a, I b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
 INLINE M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 INLINE M equal(I a, I b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
-INLINE bool any(M m) { return m != 0; }
+INLINE bool any(M m) { return !_mm512_kortestz(m, m); }
 INLINE F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 INLINE I select(M m, I yes, I no) { return (I)_mm512_mask_blend_epi32(m, (__m512i)no, (__m512i)yes); }
 INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -46,7 +46,10 @@ INLINE I load_halves(const uint16_t* p) {
     return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 INLINE I truncate(F v) { return (I)_mm512_cvttps_epi32(v); }
-INLINE uint32_t mask_bits(M m) { return m; }
+INLINE uint32_t mask_bits(M m) {
+    asm("" : "+r"(m));  // out of the mask register: GCC 12 has been seen to spill 2 bytes of one and to load 4 again
+    return m;
+}
 INLINE I less_one(M m, I v) { return (I)_mm512_mask_sub_epi32((__m512i)v, m, (__m512i)v, _mm512_set1_epi32(1)); }
 INLINE F pick(const float* table, I index) {
     return _mm512_permutex2var_ps(load(table), (__m512i)index, load(table + 16));
@@ -200,7 +203,6 @@ INLINE void transpose(F v[W]) {
 
 INLINE F zero() { return splat(0.f); }
 INLINE F abs(F v) { return from_bits(bits(v) & 0x7fffffff); }
-INLINE M within(F v, F low, F high) { return less(low, v) & less(v, high); }
 
 // ggml's nearest_int: rounds half to even, wraps beyond 22 bits (as ggml does), and makes 0 of a NaN.
 INLINE I nearest(F v) { return (bits(v + splat(12582912.f)) & 0x007fffff) - 0x00400000; }
