@@ -24,7 +24,7 @@ def encode_model(pieces: Sequence[Piece], *, dummy_blank: bool = True) -> bytes:
     places = {piece.text: index for index, piece in enumerate(pieces)}
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN), 0)
     trainer = _number(3, _BPE) + _number(4, len(pieces)) + _number(35, 1) + _number(40, unknown)
-    trainer += _number(41, places.get("<s>", -1)) + _number(42, places.get("</s>", -1)) + _number(43, -1)
+    trainer += _number(41, places.get("<s>", -1)) + _number(42, places.get("</s>", -1))
     if pieces:
         trainer += _text(45, pieces[unknown].text)
     normalizer = _text(1, "identity") + _number(3, int(dummy_blank)) + _number(4, 0) + _number(5, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,19 +54,6 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "chatml, none": lambda folder: make.chatml(folder, template=None),
     "never a blank": lambda folder: make.changed(make.chatml(folder), make.metaspace("never")),
 }
-TEXTS = [
-    "", " ", "a", "   a  b", "Hello  world\n\n\tx", "</s>a<s> b", "x[REFERENCE_DOC_1]y", "[REFERENCE_DOC_0]",
-    "<|im_start|>user\nhi<|im_end|>\n", "a <|im_end|> b", "<|im_start|><|im_end|><|im_end", "[INST] a [/INST]",
-    "naïve €5 漢字 👩‍👩‍👧 e\u0301", "\0\x01\x7f", "▁", "<0x0A>", "\ufeff", "x" + " " * 70 + "y", *make.PROMPTS,
-]  # fmt: skip
-CONVERSATIONS: list[list[dict[str, object]]] = [
-    [{"role": "user", "content": "Hello"}],
-    [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": " q\n"},
-        {"role": "assistant", "content": "An answer."}, {"role": "user", "content": "again"},
-    ],
-    [{"role": "user", "content": "What is </s>, <s>, <unk>, [INST], <|im_end|>?"}],
-]  # fmt: skip
 
 
 def rows_of(name: str) -> int:
@@ -83,30 +70,11 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder, make.rebuilt(folder, rows_of(request.param) + 7, base / "rebuilt")
 
 
-def conversed(tokenizer: Tokenizer, messages: list[dict[str, object]]) -> list[int] | str:
-    try:
-        return tokenizer.encode_chat(messages)
-    except TokenizerError as error:
-        return error.message
-
-
-def expect_same(source: Path, made: Path, but: Sequence[str] = ()) -> None:
-    ours, theirs = Tokenizer.from_folder(source), Tokenizer.from_folder(made)
-    assert theirs.remarks == () and theirs.meanings == list(ours.meanings)
-    assert theirs.special == ours.special and theirs.vocab_size == ours.vocab_size
-    assert (theirs.bos_id, theirs.eos_id, theirs.end_ids) == (ours.bos_id, ours.eos_id, ours.end_ids)
-    for text in TEXTS:
-        for parse_special in (False, True):
-            assert theirs.encode(text, parse_special=parse_special) == ours.encode(text, parse_special=parse_special)
-    for messages in CONVERSATIONS:
-        assert conversed(theirs, messages) == conversed(ours, messages)
-
-
 # --- there and back ---
 
 
 def test_the_same_tokenizer_comes_back(both: tuple[Path, Path]) -> None:
-    expect_same(*both)
+    make.expect_same(*both)
 
 
 def test_the_same_pieces_come_back(both: tuple[Path, Path]) -> None:
@@ -118,7 +86,7 @@ def test_the_same_pieces_come_back(both: tuple[Path, Path]) -> None:
     model = next(one / "tokenizer.model" for one in (source, style, NANO) if (one / "tokenizer.model").exists())
     ours, theirs = (sentencepiece.SentencePieceProcessor(model_file=str(file)) for file in (made / model.name, model))
     assert (ours.bos_id(), ours.eos_id(), ours.unk_id(), ours.pad_id()) == (1, 2, 0, -1)
-    for text in TEXTS:
+    for text in make.TEXTS:
         assert ours.encode(text) == theirs.encode(text)
     before, after = (read_pieces(file.read_bytes(), file).all for file in (model, made / model.name))
     if model.parent == source:
@@ -131,7 +99,7 @@ def test_transformers_reads_what_comes_back(both: tuple[Path, Path]) -> None:
     source, made = both
     ours, hub = Tokenizer.from_folder(source), AutoTokenizer.from_pretrained(made)
     assert (hub.bos_token_id, hub.eos_token_id, len(hub)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
-    for text in TEXTS:
+    for text in make.TEXTS:
         assert hub(text)["input_ids"] == ours.encode(text, parse_special=True), text
 
 
@@ -259,72 +227,6 @@ def test_added_tokens_beyond_the_rows_are_left_out_and_told(tmp_path: Path) -> N
         vocabulary(source, 2049)
 
 
-# --- tokenizer.json alone ---
-
-
-def test_scores_of_merges_are_llama_cpps_for_the_same_ids(tmp_path: Path) -> None:
-    """As SentencePiece has it, which merges by score as llama.cpp does: its own pieces, its own scores' order."""
-    metadata = vocabulary(make.json_alone(tmp_path / "source", V1), 32000)
-    made = make.from_metadata(metadata, tmp_path / "made")
-    ours, theirs = (
-        sentencepiece.SentencePieceProcessor(model_file=str(file)) for file in (made / "tokenizer.model", V1)
-    )
-    pieces = [theirs.id_to_piece(index).replace("▁", " ") for index in range(32000)]
-    for text in (*TEXTS, *("".join(pieces[start::997]) for start in range(200))):
-        assert ours.encode(text) == theirs.encode(text)
-    ranked = [score for text, score in zip(pieces, metadata["tokenizer.ggml.scores"].value, strict=True) if text[1:]]
-    assert -1.0 in ranked and len({*ranked}) > 20000
-
-
-def drop_merges(document: dict[str, Any]) -> None:
-    document["model"]["merges"] = document["model"]["merges"][::2]
-
-
-def test_merges_that_no_scores_stand_for_are_refused(tmp_path: Path) -> None:
-    source = make.changed(make.json_alone(tmp_path / "source"), drop_merges)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: has merges that no scores .* 'er' would get other ids"):
-        vocabulary(source, 2048)
-
-
-def test_tokenizer_json_goes_before_a_tokenizer_model_that_differs(tmp_path: Path) -> None:
-    """Merges turned round, beside the tokenizer.model that they no longer stand for, or one that cannot be read."""
-    source = make.changed(make.converted(tmp_path / "source"), lambda document: document["model"]["merges"].reverse())
-    made = make.rebuilt(source, 2048, tmp_path / "made")
-    assert Tokenizer.from_folder(made).encode("The following") != Tokenizer.from_folder(NANO).encode("The following")
-    (source / "tokenizer.model").write_bytes(b"no tokenizer")
-    again = make.rebuilt(source, 2048, tmp_path / "again")
-    ours = Tokenizer.from_folder(source)
-    for text in TEXTS:
-        ids = ours.encode(text, parse_special=True)
-        assert all(Tokenizer.from_folder(one).encode(text, parse_special=True) == ids for one in (made, again))
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-
-
-def test_byte_level_tokenizers_are_refused(tmp_path: Path) -> None:
-    document = {
-        "version": "1.0", "added_tokens": [], "decoder": {**BYTE_LEVEL, "add_prefix_space": True},
-        "pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": False},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
-    }  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: is byte-level BPE, .* written is SentencePiece's kind"):
-        vocabulary(tmp_path, 3)
-
-
-def test_what_a_gguf_cannot_say_is_told(tmp_path: Path) -> None:
-    """A dummy blank before the first stretch alone: legacy=False, in either file."""
-    source = make.changed(make.chatml(tmp_path / "json"), make.metaspace("first"))
-    (remark,) = remarks(source, 2050)
-    assert "tokenizer.json: llama.cpp will give other ids for ' a', [1327, 260] and not [260]" in remark
-    source = make.chatml(tmp_path / "model", tokenizer="model")
-    assert remarks(source, 2050) == ()
-    finetunes.edit(source / "tokenizer_config.json", legacy=False)
-    (remark,) = remarks(source, 2050)
-    assert "tokenizer.model: llama.cpp will give other ids for 'a<s>b <s> c', [260, 1, 287, 1327, 1, 1327," in remark
-
-
 @pytest.mark.parametrize(
     ("added", "rows", "message"),
     [
@@ -387,10 +289,10 @@ def test_mistrals_own_template_for_llama_cpp(name: str, model: Path, tmp_path: P
     template = vocabulary(source, ROWS[name])["tokenizer.chat_template"].value
     assert not {*MARKER} & {*template}
     tokenizer = Tokenizer.from_folder(source)
-    prompts = [render(template, messages, bos_token="<s>", eos_token="</s>") for messages in CONVERSATIONS]
+    prompts = [render(template, messages, bos_token="<s>", eos_token="</s>") for messages in make.CONVERSATIONS]
     found = [tokenizer.encode(prompt, bos=False, parse_special=True) for prompt in prompts]
     reference: Any = MistralTokenizer.from_file(str(model))
-    for messages, ids in zip(CONVERSATIONS[:2], found, strict=False):
+    for messages, ids in zip(make.CONVERSATIONS[:2], found, strict=False):
         request = ChatCompletionRequest(
             messages=[MESSAGES[str(one["role"])](content=one["content"]) for one in messages]
         )

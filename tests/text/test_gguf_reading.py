@@ -74,6 +74,8 @@ def test_as_convert_py_of_december_2023_wrote_them(chatml: Keys, tmp_path: Path)
     found = tokenizer({key: chatml[key] for key in (GGML + name for name in kept)}, tmp_path / "made")
     assert (found.bos_id, found.eos_id, found.end_ids) == (1, 2048, (2048,))
     assert found.special == {"<s>": 1, "</s>": 2, "<|im_end|>": 2048}  # EOS is special, whatever its kind
+    decoder = json.loads((tmp_path / "made" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert [decoder[index]["special"] for index in ("0", "1", "2048", "2049")] == [True, True, True, False]
     assert found.encode("<|im_start|>user<|im_end|>")[:4] == [1, 2049, 395, 259]
     assert 2048 not in found.encode("<|im_start|>user<|im_end|>")
     assert found.decode([1, 2049, 395, 259, 2048]) == "<|im_start|> user"

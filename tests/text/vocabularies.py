@@ -13,15 +13,30 @@ import finetunes
 import sentencepiece
 from converting import NANO
 
+from mixtools.errors import TokenizerError
 from mixtools.storage.gguf_values import Value
 from mixtools.text.from_gguf import documents
 from mixtools.text.to_gguf import vocabulary
-from mixtools.text.tokenizer import hf_files
+from mixtools.text.tokenizer import Tokenizer, hf_files
 
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 CONTROL = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
 DEFINED = ("[REFERENCE_DOC_1]", "[REFERENCE_DOC_0]")
 PROMPTS = [str(text) for text in json.loads((NANO.parent / "prompts.json").read_text("utf-8")).values()]
+
+TEXTS = [
+    "", " ", "a", "   a  b", "Hello  world\n\n\tx", "</s>a<s> b", "x[REFERENCE_DOC_1]y", "[REFERENCE_DOC_0]",
+    "<|im_start|>user\nhi<|im_end|>\n", "a <|im_end|> b", "<|im_start|><|im_end|><|im_end", "[INST] a [/INST]",
+    "naïve €5 漢字 👩‍👩‍👧 e\u0301", "\0\x01\x7f", "▁", "<0x0A>", "\ufeff", "x" + " " * 70 + "y", *PROMPTS,
+]  # fmt: skip
+CONVERSATIONS: list[list[dict[str, object]]] = [
+    [{"role": "user", "content": "Hello"}],
+    [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": " q\n"},
+        {"role": "assistant", "content": "An answer."}, {"role": "user", "content": "again"},
+    ],
+    [{"role": "user", "content": "What is </s>, <s>, <unk>, [INST], <|im_end|>?"}],
+]  # fmt: skip
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -102,3 +117,23 @@ def rebuilt(folder: Path, rows: int, out: Path) -> Path:
 
 def from_metadata(metadata: Mapping[str, Value], out: Path) -> Path:
     return write(out, documents(metadata, Path("model.gguf")))
+
+
+def conversed(tokenizer: Tokenizer, messages: list[dict[str, object]]) -> list[int] | str:
+    try:
+        return tokenizer.encode_chat(messages)
+    except TokenizerError as error:
+        return error.message
+
+
+def expect_same(source: Path, made: Path) -> None:
+    ours, theirs = Tokenizer.from_folder(source), Tokenizer.from_folder(made)
+    assert theirs.remarks == () and theirs.meanings == list(ours.meanings)
+    assert theirs.special == ours.special and theirs.vocab_size == ours.vocab_size
+    assert (theirs.bos_id, theirs.eos_id, theirs.end_ids) == (ours.bos_id, ours.eos_id, ours.end_ids)
+    for text in TEXTS:
+        for parse_special in (False, True):
+            ids = ours.encode(text, parse_special=parse_special)
+            assert theirs.encode(text, parse_special=parse_special) == ids and theirs.decode(ids) == ours.decode(ids)
+    for messages in CONVERSATIONS:
+        assert conversed(theirs, messages) == conversed(ours, messages)
