@@ -7,6 +7,7 @@ slot of the source ─► blocks of rows, once ─► stored as each file has th
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,14 +61,7 @@ class File:
     def bits_per_weight(self) -> float:
         """Of all tensors together."""
         tensors = self.plan.tensors.values()
-        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(_count(tensor.shape) for tensor in tensors)
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def plan_file(
@@ -86,7 +80,7 @@ def plan_file(
     layout = GGUF.sharing(Role.HEAD, Role.EMBED) if tied else GGUF
     shapes: dict[str, plan.Shape] = {}
     fallbacks = []
-    for slot in _in_file_order(config):
+    for slot in config.slots():
         piece, (dtype, wanted) = layout.piece(slot, config), choices[slot]
         if piece.name not in shapes:
             shapes[piece.name] = (piece.name, dtype, piece.shape)
@@ -95,22 +89,18 @@ def plan_file(
     return File(mixture, choices, layout, gguf_files(stem, metadata, [*shapes.values()], max_shard_bytes), fallbacks)
 
 
-def _in_file_order(config: MixtralConfig) -> Iterator[Slot]:
-    """An expert's matrices side by side in each layer; the order of the tensors does not matter to a reader."""
-    return config.slots()
+def metadata_of(source: Checkpoint, options: Options) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """Keys that files of all types share, but for general.*, and what they lack.
 
-
-def metadata_of(source: Checkpoint, file_type: str, options: Options) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """All keys of a file, and what it lacks. Raises TokenizerError and ConfigError for what a GGUF cannot hold."""
-    told = about.general(source, options.name, file_type, options.quantized_by)
+    Raises TokenizerError and ConfigError for what a GGUF cannot hold.
+    """
     missing: tuple[str, ...] = ()
     if source.gguf is not None:
-        told |= about.kept(source)
+        told = about.kept(source)
     else:
-        told |= architecture(source.config, source.folder)
         tokenizer = _vocabulary(source)
         missing = () if tokenizer else ("tokenizer",)
-        told |= tokenizer or _NO_VOCABULARY
+        told = architecture(source.config, source.folder) | (tokenizer or _NO_VOCABULARY)
     if (importance := options.importance) is not None:
         told |= _about_importance(importance)
     return told, missing
@@ -141,8 +131,9 @@ def _about_importance(importance: Importance) -> dict[str, Value]:
 def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options) -> list[tuple[File, Job]]:
     """A job for each file type. Raises what `plan_file` and `metadata_of` raise."""
     planned = []
+    shared, missing = metadata_of(source, options)
     for mixture in mixtures:
-        metadata, missing = metadata_of(source, mixture.name, options)
+        metadata = about.general(source, options.name, mixture.name, options.quantized_by) | shared
         file = plan_file(
             mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
             imatrix=options.importance is not None, max_shard_bytes=options.max_shard_bytes,
