@@ -162,8 +162,7 @@ def _correct(metadata: Metadata, texts: list[str], kinds: list[Kind], scores: li
     """Scores that tell nothing become those of the merges, and user-defined pieces are called so."""
     normal = [index for index, kind in enumerate(kinds) if kind is Kind.NORMAL]
     merged: dict[str, int] = {}
-    made = [scores[index] for index in normal if len({*texts[index]}) > 1]  # runs of one character may have one score
-    if len(made) > 1 and len({*made}) == 1:
+    if len(normal) > 1 and len({scores[index] for index in normal}) == 1:
         if keys.MERGES not in metadata:
             raise TokenizerError(
                 "gives all pieces one score and holds no merges: it was made without tokenizer.model, and llama.cpp, "

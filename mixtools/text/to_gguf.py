@@ -118,7 +118,7 @@ def _read(folder: Path) -> _Source:
     engine = read_tokenizer_model(model, declared)
     base = read_pieces(read_model(model), model).all
     added = {index for text, index in engine.ids.items() if index >= len(base) or base[index].text != text}
-    return _Source(declared, engine, base, _tokens(engine, base, added | declared.added.keys(), declared))
+    return _Source(declared, engine, base, _tokens(engine, base, added | declared.added.keys()))
 
 
 def _read_json(file: Path, model: Path | None, declared: Declared) -> _Source:
@@ -145,7 +145,7 @@ def _read_json(file: Path, model: Path | None, declared: Declared) -> _Source:
                 f"has merges that no scores stand for, and llama.cpp merges by scores: {probe!r} would get other ids",
                 file=file, expected=want, found=found,
             )  # fmt: skip
-    return _Source(declared, engine, base, _tokens(engine, base, added, declared), dummy_blank)
+    return _Source(declared, engine, base, _tokens(engine, base, added), dummy_blank)
 
 
 def _spelled(engine: Engine) -> dict[int, str]:
@@ -185,16 +185,14 @@ def _pieces_of_merges(engine: Engine, added: set[int], unknown: str, merged: Map
     return tuple(pieces)
 
 
-def _tokens(engine: Engine, base: Sequence[Piece], added: set[int], declared: Declared) -> dict[int, Piece]:
+def _tokens(engine: Engine, base: Sequence[Piece], added: set[int]) -> dict[int, Piece]:
     """By id. `added`: ids of tokens that are not the base's, or that documents list beside it."""
     tokens: dict[int, Piece] = {}
     for text, index in engine.ids.items():
         own = base[index] if index < len(base) and base[index].text == text else None
-        special = text in engine.special
-        kept = own is not None and own.kind is Kind.CONTROL and special and index not in declared.added
-        if own is not None and (own.kind is Kind.UNKNOWN or index not in added or kept):
+        if own is not None and (own.kind is Kind.UNKNOWN or index not in added):
             tokens[index] = own
-        elif special:
+        elif text in engine.special:
             tokens[index] = Piece(text, keys.ADDED_SCORE, Kind.CONTROL)
         else:
             tokens[index] = Piece(text.replace(BLANK, " "), keys.ADDED_SCORE, Kind.USER_DEFINED)

@@ -30,7 +30,7 @@ from mixtools.storage.gguf_values import Kind, Value
 from mixtools.storage.source import Source
 from mixtools.text.chat import MARKER
 from mixtools.text.pieces import Kind as PieceKind
-from mixtools.text.pieces import Piece, read_pieces
+from mixtools.text.pieces import Piece, _fields, read_pieces
 from mixtools.text.rendering import render
 from mixtools.text.to_gguf import remarks, vocabulary
 from mixtools.text.tokenizer import Tokenizer
@@ -110,6 +110,16 @@ def test_the_same_files_come_back(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert json.loads((made / name).read_text("utf-8")) == json.loads((source / name).read_text("utf-8"))
     assert json.loads((made / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_settings_of_the_model_that_comes_back(tmp_path: Path) -> None:
+    """The trainer's and the normalizer's, as far as they decide about ids: BPE, size, byte fallback, ids; no rules."""
+    model = make.rebuilt(make.torrent(tmp_path / "source"), 2048, tmp_path / "made") / "tokenizer.model"
+    settings = {3: 2, 4: 2048, 35: 1, 40: 0, 41: 1, 42: 2}
+    for file in (model, NANO / "tokenizer.model"):
+        trainer, normalizer = (dict(_fields(value)) for number, value in _fields(file.read_bytes()) if number in (2, 3))
+        assert {number: trainer[number] for number in settings} == settings
+        assert (normalizer[1], normalizer[3], normalizer[4], normalizer.get(5, 1)) == (b"identity", 1, 0, 1)
 
 
 def test_the_file_keeps_it(tmp_path: Path) -> None:

@@ -49,11 +49,16 @@ def test_a_vocabulary_whose_bytes_come_last(tmp_path: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     backend.train_from_iterator([word for text in make.PROMPTS for word in text.split()], trainer)
     model = json.loads(backend.to_str())["model"]
+    model["vocab"] |= {
+        text: len(model["vocab"]) + at for at, text in enumerate(("漢字漢", "字漢字"))
+    }  # nothing makes them
     size = len(model["vocab"])
     model["vocab"] |= {f"<0x{byte:02X}>": size + byte for byte in range(256)}
     source = make.write(tmp_path / "source", {"tokenizer.json": json.dumps({**document, "model": model}).encode()})
     made = make.rebuilt(source, size + 256, tmp_path / "made")
     assert json.loads((made / "tokenizer.json").read_text("utf-8"))["model"]["vocab"] == model["vocab"]
+    ours, theirs = Tokenizer.from_folder(made), Tokenizer.from_folder(source)
+    assert ours.encode("漢字漢字") == theirs.encode("漢字漢字") and len(ours.encode("漢字漢字")) > 9  # in bytes
     make.expect_same(source, made)
 
 
@@ -65,6 +70,44 @@ def test_merges_that_no_scores_stand_for_are_refused(tmp_path: Path) -> None:
     source = make.changed(make.json_alone(tmp_path / "source"), drop_merges)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: has merges that no scores .* 'er' would get other ids"):
         vocabulary(source, 2048)
+
+
+def test_a_merge_of_lower_rank_than_another_of_the_same_piece_is_refused(tmp_path: Path) -> None:
+    """Either piece alone is encoded alike: "abc" by its score goes before "bcd", by the merge that is left after it."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcd",
+        "abc",
+        "bc",
+        "ab",
+        "bcd",
+    ]
+    document = json.loads(hf_files(NANO / "tokenizer.model")["tokenizer.json"])
+    document["model"]["vocab"] = {piece: index for index, piece in enumerate(pieces)}
+    document["model"]["merges"] = ["b c", "a b", "ab c", "bc d", "a bc"]
+    source = make.write(tmp_path, {"tokenizer.json": json.dumps(document).encode()})
+    with pytest.raises(TokenizerError, match="has merges that no scores stand for, .* 'abcd' would get other ids"):
+        vocabulary(source, len(pieces))
+    document["model"]["merges"] = ["b c", "a b", "ab c", "a bc", "bc d"]
+    make.write(tmp_path, {"tokenizer.json": json.dumps(document).encode()})
+    assert vocabulary(source, len(pieces))["tokenizer.ggml.scores"].value[-4:] == [-3.0, -1.0, -2.0, -5.0]
+
+
+def one_piece_more(document: dict[str, Any]) -> None:
+    document["model"]["vocab"]["erer"] = 2048
+    document["model"]["merges"].append("er er")
+
+
+def test_a_tokenizer_model_with_less_pieces_is_not_used(tmp_path: Path) -> None:
+    source = make.changed(make.converted(tmp_path / "source"), one_piece_more)
+    found = vocabulary(source, 2049)
+    assert found["tokenizer.ggml.token_type"].value[-1] == 1 and found["tokenizer.ggml.tokens"].value[-1] == "erer"
+    make.expect_same(source, made := make.from_metadata(found, tmp_path / "made"))
+    assert Tokenizer.from_folder(made).encode("xerer")[-1] == 2048
 
 
 def test_tokenizer_json_goes_before_a_tokenizer_model_that_differs(tmp_path: Path) -> None:
