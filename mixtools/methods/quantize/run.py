@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,17 @@ def _vocabulary(source: Checkpoint) -> dict[str, Value]:
     return vocabulary(source.folder, source.config.vocab_size)
 
 
+def _remarks(source: Checkpoint) -> tuple[str, ...]:
+    """What a GGUF cannot say of the source's tokenizer, or llama.cpp does otherwise."""
+    from ...text.declared import has_tokenizer
+
+    if source.gguf is not None or not has_tokenizer(source.folder):
+        return ()
+    from ...text.to_gguf import remarks
+
+    return tuple(remarks(source.folder, source.config.vocab_size))
+
+
 def _about_importance(importance: Importance) -> dict[str, Value]:
     """As llama-quantize tells of the matrix that it used."""
     told = {
@@ -132,13 +143,14 @@ def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options)
     """A job for each file type. Raises what `plan_file` and `metadata_of` raise."""
     planned = []
     shared, missing = metadata_of(source, options)
+    remarks = _remarks(source)
     for mixture in mixtures:
         metadata = about.general(source, options.name, mixture.name, options.quantized_by) | shared
         file = plan_file(
             mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
             imatrix=options.importance is not None, max_shard_bytes=options.max_shard_bytes,
         )  # fmt: skip
-        planned.append((file, _job(source, file, options, missing)))
+        planned.append((file, replace(job := _job(source, file, options, missing), notes=job.notes + remarks)))
     return planned
 
 

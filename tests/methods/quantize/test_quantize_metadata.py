@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetunes import edit
+from finetunes import chatml, edit
 from layouts import make
 from quantizing import LEAST, kinds, metadata, quantize
 
+import mixtools
 from mixtools import errors
 from mixtools.storage.gguf_values import string
 
@@ -244,3 +245,10 @@ def test_the_tokenizer_of_a_folder(folder: Path) -> None:
 def test_a_size_that_the_name_tells_is_the_size(folder: Path) -> None:
     assert general(folder, name="Mixtral-8x7B-Instruct-v0.1")["size_label"] == "8x7B"
     assert general(folder, name="a8x7Bb")["size_label"] == ALWAYS["size_label"]
+
+
+def test_what_a_gguf_cannot_say_of_a_tokenizer_is_noted(tmp_path: Path) -> None:
+    source = chatml(tmp_path / "chatml", config={"eos_token_id": [2048, 2, 5, 6]})
+    edit(source / "generation_config.json", eos_token_id=[2048, 2, 5, 6])
+    done = mixtools.quantize(source, tmp_path / "out", type=["Q8_0"], dry_run=True)
+    assert any("of the ids that end generation a GGUF has no place for 6" in note for note in done.notes), done.notes
