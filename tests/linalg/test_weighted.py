@@ -410,7 +410,7 @@ def test_a_weights_scale_goes_through(shape: tuple[int, int], side: Side, scale:
     weight, X = noise(shape), inputs(shape[1])
     expected = decompose_weighted(weight, seen(weight, X, side))
     found = decompose_weighted(scale * weight, seen(scale * weight, X, side))
-    np.testing.assert_allclose(found.values, scale * expected.values, rtol=1e-9)
+    np.testing.assert_allclose(found.values, scale * expected.values, rtol=1e-8)
     torch.testing.assert_close(found.project(9), scale * expected.project(9), rtol=0, atol=1e-10 * scale)
     assert found.error(9) == pytest.approx(expected.error(9), rel=1e-9)
 
