@@ -17,18 +17,18 @@ import numpy as np
 from . import documents
 from .config import MixtralConfig
 from .errors import MixtoolsError, TensorError, UsageError
-from .formats import Format, Packed, Plain
+from .formats import ByRows, Format, Packed, Plain
 from .job import BARE, WITH_TORCH, Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
 from .layouts.hf import HF, HF_BIN, HF_FUSED
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Role, Slot
-from .storage import casting, plan
-from .storage.casting import widen
+from .storage import plan
+from .storage.casting import CAST_BYTES, cast, widen
 from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
-from .storage.store import CHUNK, Bits, from_tensor, to_tensor
+from .storage.store import CHUNK, Bits, from_tensor
 
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 
@@ -126,7 +126,7 @@ def _before_gguf(source: Checkpoint, slot: Slot, main: DType) -> DType:
         return stored
     bits = source.bits(slot)
     try:
-        back = widen(casting.cast(bits, stored, main, slot), main)
+        back = widen(cast(bits, stored, main, slot), main)
     except TensorError:
         return stored
     return main if np.array_equal(back.view(np.uint32), widen(bits, stored).view(np.uint32)) else stored
@@ -151,16 +151,21 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
                 made[slot] = unit
         return [made[slot] for slot in source.slots() if slot in made]
 
-    files = source.store.sources
-    sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
-    inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
     told = {name: value for name, value in asdict(options).items() if name != "keep_tied" or value}
     record = {"layout": layout.name, "options": told}
-    copies = all(formats[slot] == source.format(slot) and isinstance(formats[slot], Plain) for slot in source.slots())
+    casts = any(formats[slot].dtype is not source.spec(slot).dtype for slot in source.slots())
+    torchless = all(isinstance(source.format(slot), ByRows) for slot in source.slots())
     return Job(
-        inputs, target, units, record, {}, {}, title=layout.title,
-        base_bytes=BARE if copies else WITH_TORCH, worker_bytes=worker_bytes(source, layout),
+        inputs_of(source), target, units, record, {}, {}, title=layout.title,
+        base_bytes=BARE if torchless else WITH_TORCH, worker_bytes=worker_bytes(source, layout, casts),
     )  # fmt: skip
+
+
+def inputs_of(source: Checkpoint) -> Inputs:
+    """A checkpoint as a job reads it, and as the manifest of what is made of it tells."""
+    files = source.store.sources
+    sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
+    return Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
 
 
 def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:
@@ -178,7 +183,7 @@ def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]
     return Unit(tuple(Region(name, 0) for name in names), make, work.slots)
 
 
-def worker_bytes(source: Checkpoint, layout: Layout) -> int:
+def worker_bytes(source: Checkpoint, layout: Layout, casts: bool) -> int:
     """Buffers of a thread that copies: a block before and after, or a tensor that is transposed or decoded."""
     most = 2 * CHUNK
     for slot in source.slots():
@@ -186,7 +191,7 @@ def worker_bytes(source: Checkpoint, layout: Layout) -> int:
         decoding = source.format(slot).decode_bytes(shape)
         granule = math.lcm(layout.granule(slot, source.config), source.layout.granule(slot, source.config))
         most = max(most, decoding and dtype.nbytes(shape) + decoding, 0 if granule else dtype.nbytes(shape))
-    return 2 * most
+    return 2 * most + (CAST_BYTES * most // 4 if casts else 0)  # most is two blocks, of two bytes a value
 
 
 def plan_for(layout: Layout, tensors: Sequence[plan.Shape], max_shard_bytes: int) -> plan.Plan:
@@ -227,23 +232,6 @@ def _blocks(source: Checkpoint, layout: Layout, slot: Slot, dtype: DType) -> Ite
     stored = source.spec(slot).dtype
     for block in source.blocks(slot, CHUNK, layout.granule(slot, source.config)):
         yield cast(block, stored, dtype, slot)
-
-
-def cast(bits: Bits, source: DType, target: DType, slot: Slot) -> Bits:
-    """Bit patterns of one dtype as those of another, rounded to nearest even.
-
-    Raises TensorError where a finite value would become infinite.
-    """
-    if source is target:
-        return bits
-    before = to_tensor(bits, source)
-    after = before.to(target.torch())
-    overflow = after.isinf() & before.isfinite()
-    if overflow.any():
-        value = before[overflow][0].item()
-        wider = "bf16 or f32" if target is DType.F16 else "f32"
-        raise TensorError(f"{value:g} does not fit {target.torch_name}; use {wider}", tensor=slot)
-    return from_tensor(after)
 
 
 def _main_dtype(tensors: Sequence[plan.Shape]) -> DType:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from .conversion import inputs_of
 from .errors import LayoutError, TensorError
-from .job import Inputs, Job, Unit
+from .job import Job, Unit
 from .layouts.checkpoint import Checkpoint
 from .layouts.gguf import GGUF, GGUF_2023
 from .names import Role, Slot
@@ -43,11 +44,8 @@ def plan_upgrade(source: Checkpoint, stem: str, max_shard_bytes: int | None = No
     def units(_: Output) -> list[Unit]:
         return [unit(slot) for slot in source.slots() if not (source.tied and slot.role is Role.HEAD)]
 
-    files = source.store.sources
-    sizes = {path.name: path.stat().st_size for one in files for path in one.paths}
-    inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
     return Job(
-        inputs, target, units, {"layout": GGUF.name, "options": {"upgrade": stem}}, {}, {}, notes=source.remarks,
+        inputs_of(source), target, units, {"layout": GGUF.name, "options": {"upgrade": stem}}, {}, {}, notes=source.remarks,
         title=GGUF.title, label="upgrading", shared=True, worker_bytes=2 * CHUNK,
     )  # fmt: skip
 

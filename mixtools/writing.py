@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from .errors import MemoryBudgetError
 from .job import Job, Run, lost, run, told
 from .layouts.checkpoint import Checkpoint
 from .machine import human_bytes, human_time, peak_memory
+from .storage.disk import free_bytes
 from .storage.store import CHUNK
 from .verbs import Forecast, Result
 
@@ -85,13 +85,8 @@ def _jobs_within(job: Job, jobs: int, limit: int | None) -> int:
 
 def _forecast(job: Job, source: Checkpoint, out: Path, jobs: int) -> Forecast:
     """Sizes are exact; memory is an upper bound; time is reading at the measured rate, twice."""
-    folder = out
-    while not folder.exists():
-        folder = folder.absolute().parent
-    status = os.statvfs(folder)
     size, memory = job.plan.total_bytes, job.base_bytes + jobs * job.worker_bytes
-    seconds = round(2 * size / _read_rate(source), 1)
-    free = status.f_bavail * status.f_frsize
+    seconds, free = round(2 * size / read_rate(source), 1), free_bytes(out)
     document = {
         "dry_run": True, "source": source.layout.name, **job.record,
         "files": {file.name: file.size for file in job.plan.files}, "bytes": size, "tensors": len(job.plan.tensors),
@@ -107,8 +102,8 @@ def _forecast(job: Job, source: Checkpoint, out: Path, jobs: int) -> Forecast:
     return Forecast(size, memory, seconds, document, tuple(said))
 
 
-def _read_rate(source: Checkpoint) -> float:
-    """Bytes a second of the source, from its first tensors."""
+def read_rate(source: Checkpoint) -> float:
+    """Bytes a second of the source's dense tensors, from the first of them."""
     began, read = time.monotonic(), 0
     for slot in source.slots():
         for block in source.blocks(slot, CHUNK):

@@ -226,3 +226,21 @@ def test_an_output_beside_its_source(tmp_path: Path) -> None:
         mixtools.convert(tmp_path / "x.gguf", tmp_path)
     mixtools.convert(tmp_path / "x.gguf", tmp_path / "below")
     assert (tmp_path / "x.gguf").exists()
+
+
+def test_what_a_gguf_says_survives_the_way_to_hugging_face_and_back(tmp_path: Path) -> None:
+    """Keys that no other document has a place for, unknown ones included, kind for kind."""
+    told = {
+        "general.license": "mit", "general.author": "somebody", "general.languages": ["en", "fr"],
+        "somebody.own.number": 7, "general.source.url": "https://example.org/ü",
+    }  # fmt: skip
+    source = write(tmp_path / "old.gguf", VALUES[SMALL], all_of("BF16", "F32"), {**keys(SMALL), **told})
+    mixtools.convert(source, tmp_path / "hf")
+    back = mixtools.quantize(tmp_path / "hf", tmp_path / "back", type=["BF16"])
+    before, after = (mixtools.open(path).gguf.metadata for path in (source, back.output / back.rows[0].file))
+    assert all(after[key] == before[key] for key in told)
+    assert after["general.name"].value == before["general.name"].value == "theirs"
+    (tmp_path / "hf" / "gguf-metadata.json").write_text('{"general.license": 3}')
+    with pytest.raises(errors.ConfigError, match="is not what mixtools writes there") as caught:
+        mixtools.quantize(tmp_path / "hf", tmp_path / "again", type=["BF16"])
+    assert caught.value.file == str(tmp_path / "hf" / "gguf-metadata.json")

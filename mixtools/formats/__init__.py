@@ -12,12 +12,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .base import Format, Packed, Part, Stored
+from .base import ByRows, Format, Packed, Part, Stored
 from .factored import Factored
 from .ggml import Ggml
 from .plain import Plain
 
-__all__ = ["FORMATS", "SUFFIXES", "Factored", "Format", "Ggml", "Packed", "Part", "Plain", "Stored", "claims", "detect"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "ByRows",
+    "Factored",
+    "Format",
+    "Ggml",
+    "Packed",
+    "Part",
+    "Plain",
+    "Stored",
+    "claims",
+    "detect",
+]
 
 FORMATS: Sequence[type[Format]] = (Factored, Ggml, Plain)  # the first that recognises what is stored is the one
 SUFFIXES = tuple(dict.fromkeys(suffix for kind in FORMATS for suffix in kind.suffixes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from ..storage.dtypes import DType
 from ..storage.store import Bits
@@ -35,7 +35,6 @@ class Format(Protocol):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of all its parts; the first is always there
-    by_rows: ClassVar[bool]  # it has one part, and each stored row is by itself a row of the matrix
 
     @property
     def dtype(self) -> DType:
@@ -48,10 +47,6 @@ class Format(Protocol):
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The dense matrix [out, in] in `dtype`: the same bits on every machine and with any number of threads."""
-        ...
-
-    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
-        """Stored rows [rows, words] as dense ones [rows, columns] in `dtype`, or into `out`; where it is `by_rows`."""
         ...
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
@@ -70,6 +65,15 @@ class Format(Protocol):
     @classmethod
     def claims(cls, quantization: Mapping[str, Any]) -> bool:
         """Whether a config.json's `quantization_config` is this format's."""
+        ...
+
+
+@runtime_checkable
+class ByRows(Protocol):
+    """A format of one part, each row of which is by itself a row of the matrix: read and decoded in runs of rows."""
+
+    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
+        """Stored rows [rows, words] as dense ones [rows, columns] in the format's `dtype`, or into `out`."""
         ...
 
 

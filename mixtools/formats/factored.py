@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import TensorError
 from ..storage.dtypes import DType
-from ..storage.store import Bits
 from .base import Part, Stored
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ class Factored:
 
     name: ClassVar[str] = "factored"
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_a", "weight_b")
-    by_rows: ClassVar[bool] = False
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """Raises TensorError for what is no matrix."""
@@ -47,9 +45,6 @@ class Factored:
         """Multiplied whole in fp32 and rounded once: a product in runs of rows could differ in its last bit."""
         a, b = parts
         return (a.float() @ b.float()).to(self.dtype.torch())
-
-    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
-        raise NotImplementedError("a factored matrix is decoded whole")
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         """The product, and both factors, in fp32."""

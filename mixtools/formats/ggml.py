@@ -27,7 +27,6 @@ class Ggml:
 
     name: ClassVar[str] = "ggml"
     suffixes: ClassVar[tuple[str, ...]] = ("weight",)
-    by_rows: ClassVar[bool] = True
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", self.type, shape),)

@@ -22,7 +22,6 @@ class Plain:
 
     name: ClassVar[str] = "plain"
     suffixes: ClassVar[tuple[str, ...]] = ("weight",)
-    by_rows: ClassVar[bool] = True
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", self.dtype, shape),)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
-from ..formats import SUFFIXES, Format, Ggml, Part, Plain, Stored, detect
+from ..formats import SUFFIXES, ByRows, Format, Ggml, Part, Plain, Stored, detect
 from ..names import Role, Slot
 from ..storage.dtypes import ELEMENTS, WEIGHT_DTYPES, DType
 from ..storage.store import CHUNK, Bits, Entry, Store, from_tensor, to_tensor
@@ -80,7 +80,7 @@ class Checkpoint:
         A block is valid until the next is asked for (its buffer is used again).
         """
         format = self.format(slot)
-        if not format.by_rows:
+        if not isinstance(format, ByRows):
             yield from self._decoded(slot, max_bytes, granule)
             return
         name, _, start, stop, op = self.piece(slot)
@@ -155,7 +155,7 @@ class Checkpoint:
     def _read_sizes(self, slot: Slot) -> Iterator[tuple[Entry, int]]:
         """The stored tensors that a reading of the slot reads, and how many bytes of each."""
         _, _, start, stop, _ = self.piece(slot)
-        by_rows = self.format(slot).by_rows
+        by_rows = isinstance(self.format(slot), ByRows)
         for entry in self.parts(slot):
             yield entry, (stop - start) * entry.row_bytes if by_rows else entry.nbytes
 

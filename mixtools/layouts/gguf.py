@@ -17,9 +17,13 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ..names import Role
-from ..storage.gguf_values import Metadata
+from ..storage.gguf_values import Metadata, to_json
 from .gguf_config import file_type_name, text
 from .table import Layout, Op, Rule
+
+KEPT = "gguf-metadata.json"  # beside what is made of a GGUF: all that it says and no other document has a place for
+_ELSEWHERE = ("split.", "general.alignment", "tokenizer.ggml.tokens", "tokenizer.ggml.scores",
+              "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.chat_template")  # fmt: skip
 
 _BLOCK = "blk.{layer}."
 _COMMON = {
@@ -82,7 +86,9 @@ class About:
         files = documents(self.metadata, self.file) if self.has_tokenizer else {}
         folder = Path(mkdtemp(prefix="mixtools-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for name, data in {**files, "config.json": json.dumps(self.document, indent=2).encode()}.items():
+        rest = {key: value for key, value in self.metadata.items() if not key.startswith(_ELSEWHERE)}
+        files |= {"config.json": json.dumps(self.document, indent=2).encode(), KEPT: to_json(rest)}
+        for name, data in files.items():
             path = folder / name
             path.parent.mkdir(exist_ok=True, parents=True)
             path.write_bytes(data)

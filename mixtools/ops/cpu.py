@@ -43,6 +43,10 @@ _SIGNATURES: dict[str, tuple[type[Any], list[type[Any]]]] = {
     "mixtools_decode": (_int, [_pointer, _int64, _pointer, _int64, _int64, _int64, _int, _int, _int64, _int]),
 }
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80, DType.F32: 0x7F800000}  # all set: NaN or infinity
+NATIVE = frozenset({  # the block types of ggml that the kernels encode and decode
+    DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q3_K, DType.Q4_K, DType.Q5_K,
+    DType.Q6_K, DType.IQ4_NL, DType.IQ4_XS, DType.MXFP4,
+})  # fmt: skip
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +62,7 @@ class Isa(IntEnum):
 
 def best_instruction_set() -> Isa:
     """The best that both this machine and the kernels know."""
-    return Isa(library().mixtools_best_isa())
+    return Isa(kernels().mixtools_best_isa())
 
 
 def instruction_set() -> Isa:
@@ -99,7 +103,7 @@ def transpose(array: Array, *, out: Array | None = None, threads: int = 1) -> Ar
     if cols > 1 and array.strides[1] != array.itemsize:
         raise MixtoolsError(f"transpose takes rows whose items lie side by side, not strides {array.strides}")
     source, target = array.ctypes.data, out.ctypes.data
-    status = library().mixtools_transpose(
+    status = kernels().mixtools_transpose(
         source, array.strides[0], target, rows, cols, array.itemsize, positive(threads), instruction_set()
     )
     if status:
@@ -125,7 +129,7 @@ def first_nonfinite(buffer: Buffer | Array, dtype: DType, *, threads: int = 1) -
     if count == 0:
         return None
     data = np.frombuffer(view, np.uint8)
-    index: int = library().mixtools_first_nonfinite(
+    index: int = kernels().mixtools_first_nonfinite(
         data.ctypes.data, count, dtype.itemsize, _EXPONENT[dtype], positive(threads), instruction_set()
     )
     if index < -1:
@@ -139,7 +143,7 @@ def _folders() -> list[str]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     path = next(filter(Path.is_file, (Path(folder) / LIBRARY for folder in _folders())), None)
     if path is None:
         raise MixtoolsError(f"the compiled kernels ({LIBRARY}) are missing: {_BUILD}")

@@ -13,25 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import MixtoolsError
-from ..storage.dtypes import DType
-from .cpu import Array, aligned_empty, describe, instruction_set, library, positive
+from ..storage.casting import rounded
+from ..storage.dtypes import ELEMENTS, GGML, DType
+from .cpu import NATIVE, Array, aligned_empty, describe, instruction_set, kernels, positive
 
-_TO = {DType.F32: 0, DType.F16: 1, DType.BF16: 30}  # the numbers here and below are ggml's (enum ggml_type of ggml.h)
 _BITS: dict[DType, np.dtype[Any]] = {
     DType.F32: np.dtype(np.uint32), DType.F16: np.dtype(np.uint16), DType.BF16: np.dtype(np.uint16),
 }  # fmt: skip
-_BLOCKS = {  # number, values of a block
-    DType.Q4_0: (2, 32), DType.Q4_1: (3, 32), DType.Q5_0: (6, 32), DType.Q5_1: (7, 32), DType.Q8_0: (8, 32),
-    DType.Q2_K: (10, 256), DType.Q3_K: (11, 256), DType.Q4_K: (12, 256), DType.Q5_K: (13, 256), DType.Q6_K: (14, 256),
-    DType.IQ2_XXS: (16, 256), DType.IQ2_XS: (17, 256), DType.IQ3_XXS: (18, 256), DType.IQ1_S: (19, 256),
-    DType.IQ4_NL: (20, 32), DType.IQ3_S: (21, 256), DType.IQ2_S: (22, 256), DType.IQ4_XS: (23, 256),
-    DType.IQ1_M: (29, 256), DType.MXFP4: (39, 32),
-}  # fmt: skip
-NATIVE = frozenset({
-    DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.Q8_0, DType.Q2_K, DType.Q3_K, DType.Q4_K, DType.Q5_K,
-    DType.Q6_K, DType.IQ4_NL, DType.IQ4_XS, DType.MXFP4,
-})  # fmt: skip
-"""Decoded by our kernels."""
 _RUN = 1 << 18  # values that the gguf package decodes at a time; it takes some 20 bytes for each
 
 
@@ -44,7 +32,7 @@ def decode(blocks: Array, type: DType, to: DType, *, out: Array | None = None, t
     dtype, apart from `blocks`. Types that are not NATIVE take one thread.
     Raises MixtoolsError for an array or a type that is not so, and where a row ends inside a block.
     """
-    if type not in _BLOCKS or to not in _TO:
+    if type in ELEMENTS or to not in _BITS:
         raise MixtoolsError(f"no decoder makes {to.value} of {type.value}")
     if blocks.ndim != 2 or blocks.dtype != np.uint8:
         raise MixtoolsError(f"blocks are decoded from a matrix of bytes, not from {describe(blocks)}")
@@ -68,7 +56,7 @@ def decode(blocks: Array, type: DType, to: DType, *, out: Array | None = None, t
 
 
 def _columns(row_bytes: int, type: DType) -> int:
-    values = _BLOCKS[type][1]
+    values = type.block
     size = type.row_bytes(values)
     count, rest = divmod(row_bytes, size)
     if rest:
@@ -77,10 +65,10 @@ def _columns(row_bytes: int, type: DType) -> int:
 
 
 def _decode_natively(blocks: Array, type: DType, to: DType, out: Array, threads: int) -> None:
-    (rows, cols), (number, values) = out.shape, _BLOCKS[type]
+    rows, cols = out.shape
     source, target = (blocks.ctypes.data, blocks.strides[0]), (out.ctypes.data, out.strides[0])
-    status = library().mixtools_decode(
-        *source, *target, rows, cols // values, number, _TO[to], threads, instruction_set()
+    status = kernels().mixtools_decode(
+        *source, *target, rows, cols // type.block, GGML[type], GGML[to], threads, instruction_set()
     )
     if status:
         raise MixtoolsError(f"the kernel that decodes blocks refused {type.value} to {to.value} (status {status})")
@@ -90,13 +78,13 @@ def _decode_by_gguf(blocks: Array, type: DType, to: DType, out: Array) -> None:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    number, values = _BLOCKS[type]
     with np.errstate(all="ignore"):  # NaN and infinity are the caller's
-        for rows, first, last in _runs(len(out), out.shape[1], values):
+        for rows, first, last in _runs(len(out), out.shape[1], type.block):
             run = blocks[rows, type.row_bytes(first) : type.row_bytes(last)]
             # given as one row, since dequantize takes 16 rows at a time
-            decoded = dequantize(np.ascontiguousarray(run).reshape(1, -1), GGMLQuantizationType(number))
-            out[rows, first:last] = _rounded(decoded.reshape(len(run), last - first), to)
+            decoded = dequantize(np.ascontiguousarray(run).reshape(1, -1), GGMLQuantizationType(GGML[type]))
+            decoded[np.isnan(decoded)] = np.nan  # there is one NaN, here as in the kernels
+            out[rows, first:last] = rounded(decoded.reshape(len(run), last - first), to)
 
 
 def _runs(rows: int, cols: int, values: int) -> Iterator[tuple[slice, int, int]]:
@@ -105,15 +93,3 @@ def _runs(rows: int, cols: int, values: int) -> Iterator[tuple[slice, int, int]]
     for row in range(0, rows, high):
         for first in range(0, cols, wide):
             yield slice(row, row + high), first, min(cols, first + wide)
-
-
-def _rounded(values: Array, to: DType) -> Array:
-    """`values` fp32, which are changed -> bit patterns of `to`, as the kernels make them."""
-    values[np.isnan(values)] = np.nan  # there is one NaN
-    bits: Array = values.view(np.uint32)
-    if to is DType.F32:
-        return bits
-    if to is DType.F16:
-        return values.astype(np.float16).view(np.uint16)
-    nearest: Array = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16  # ties to even
-    return nearest.astype(np.uint16)

@@ -31,6 +31,14 @@ class DiskErrors:
             raise OutputError(f"cannot be written ({error.strerror})", file=error.filename or self.folder) from None
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk on which the folder lies, or will lie."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
 def lock(path: Path, folder: Path) -> int:
     """The open file that holds the lock. Raises OutputLocked if another process has it."""
     try:

@@ -56,6 +56,11 @@ class DType(Enum):
         return _SIZE[self]
 
     @property
+    def block(self) -> int:
+        """Values that are stored together: 1, or those of a block."""
+        return _BLOCKS.get(self, (1, 0))[0]
+
+    @property
     def word(self) -> int:
         """Bytes of the words that its bit patterns are seen in: elements, or single bytes of blocks."""
         return 1 if self in _BLOCKS else _SIZE[self]
@@ -104,5 +109,12 @@ _TORCH = {
     DType.I32: "int32", DType.I16: "int16", DType.I8: "int8", DType.U8: "uint8", DType.BOOL: "bool",
 }  # fmt: skip
 _OF_TORCH = {name: dtype for dtype, name in _TORCH.items()}
+GGML = {  # enum ggml_type of ggml.h there
+    DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q4_1: 3, DType.Q5_0: 6, DType.Q5_1: 7, DType.Q8_0: 8,
+    DType.Q2_K: 10, DType.Q3_K: 11, DType.Q4_K: 12, DType.Q5_K: 13, DType.Q6_K: 14, DType.IQ2_XXS: 16,
+    DType.IQ2_XS: 17, DType.IQ3_XXS: 18, DType.IQ1_S: 19, DType.IQ4_NL: 20, DType.IQ3_S: 21, DType.IQ2_S: 22,
+    DType.IQ4_XS: 23, DType.I8: 24, DType.I16: 25, DType.I32: 26, DType.I64: 27, DType.F64: 28, DType.IQ1_M: 29,
+    DType.BF16: 30, DType.MXFP4: 39,
+}  # fmt: skip
 ELEMENTS = tuple(_SIZE)  # all but the block types: what safetensors and torch can store
 WEIGHT_DTYPES = (DType.BF16, DType.F16, DType.F32)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import FormatError
 from . import lfs
-from .dtypes import DType
+from .dtypes import GGML, DType
 from .gguf_cursor import Cursor
 from .gguf_values import Kind, Metadata, Value, uint32
 from .source import Source
@@ -35,13 +35,7 @@ MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20
 _LEAST_KEY, _LEAST_TENSOR = 14, 33  # bytes of the shortest records there are
 
-TYPES: Mapping[DType, int] = {
-    DType.F32: 0, DType.F16: 1, DType.Q4_0: 2, DType.Q4_1: 3, DType.Q5_0: 6, DType.Q5_1: 7, DType.Q8_0: 8,
-    DType.Q2_K: 10, DType.Q3_K: 11, DType.Q4_K: 12, DType.Q5_K: 13, DType.Q6_K: 14, DType.IQ2_XXS: 16,
-    DType.IQ2_XS: 17, DType.IQ3_XXS: 18, DType.IQ1_S: 19, DType.IQ4_NL: 20, DType.IQ3_S: 21, DType.IQ2_S: 22,
-    DType.IQ4_XS: 23, DType.I8: 24, DType.I16: 25, DType.I32: 26, DType.I64: 27, DType.F64: 28, DType.IQ1_M: 29,
-    DType.BF16: 30, DType.MXFP4: 39,
-}  # fmt: skip
+TYPES: Mapping[DType, int] = GGML
 _DTYPES = {number: dtype for dtype, number in TYPES.items()}
 _GONE, _INNER, _OTHERS = "which ggml gave up in 2023", "which ggml has only while it computes", "which is not read here"
 _Q4_0, _IQ4_NL = (f"which ggml gave up in 2024; fetch the same model in {name}" for name in ("Q4_0", "IQ4_NL"))

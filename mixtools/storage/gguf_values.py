@@ -5,6 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -57,3 +58,24 @@ def string(value: str) -> Value:
 
 def array(item: Kind, values: Sequence[Any]) -> Value:
     return Value(Kind.ARRAY, list(values), item)
+
+
+def to_json(metadata: Metadata) -> bytes:
+    """The same as text: {"general.name": {"kind": "string", "value": "Mixtral"}, ...}."""
+    told = {
+        key: {
+            "kind": kind.name.lower(), **({"item": item.name.lower()} if item is not None else {}), "value": value
+        }
+        for key, (kind, value, item) in metadata.items()
+    }  # fmt: skip
+    return (json.dumps(told, indent=1) + "\n").encode()
+
+
+def from_json(document: Mapping[str, Any]) -> dict[str, Value]:
+    """Inverse of `to_json`. Raises KeyError or TypeError for what is none of its documents."""
+    return {
+        key: Value(
+            Kind[told["kind"].upper()], told["value"], Kind[told["item"].upper()] if "item" in told else None
+        )
+        for key, told in document.items()
+    }  # fmt: skip

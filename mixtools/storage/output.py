@@ -312,8 +312,7 @@ def _expect_room(folder: Path, files: Iterable[FilePlan], work: Path, reserved: 
     """Bytes still to be allocated, which must be free now, not after an hour's work."""
     present = sum(path.stat().st_blocks * 512 for path in work.iterdir() if path.is_file())
     needed = max(0, sum(file.size for file in files) - present)
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
+    free = disk.free_bytes(folder)
     if needed + reserved > free:
         raise DiskError(f"needs {(needed + reserved) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=folder)
     return needed

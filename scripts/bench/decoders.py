@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import libggml
 import numpy as np
 from _bench import write_result
+from ggml_oracle import traits_of
 
 from mixtools.ops import cpu
 from mixtools.ops.decode import NATIVE, decode
@@ -33,27 +33,6 @@ SAMPLE = 1 << 20  # values that are encoded, again and again in the matrix
 CHUNK = 2 << 20  # bytes of blocks that are read and decoded at a time
 ROUNDS = 7
 ISAS = [isa for isa in cpu.Isa if isa <= cpu.best_instruction_set()]
-TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-
-
-class Traits(ctypes.Structure):
-    """ggml_type_traits of ggml.h."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("values", ctypes.c_int64),
-        ("interleave", ctypes.c_int64),
-        ("size", ctypes.c_size_t),
-        ("quantized", ctypes.c_bool),
-        ("to_float", TO_FLOAT),
-        ("from_float_ref", TO_FLOAT),
-    )
-
-
-def traits_of(dtype: DType) -> Traits:
-    library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64/libggml-base.so"))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
-    return library.ggml_get_type_traits(int(gguf.GGMLQuantizationType[dtype.value])).contents
 
 
 def encoded(dtype: DType) -> np.ndarray:

@@ -14,16 +14,15 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gguf
-import libggml
 import numpy as np
 from _bench import best_seconds, write_result
+from ggml_oracle import LIBRARY, number
 
-from mixtools.ops import cpu, ggml
+from mixtools.ops import cpu
+from mixtools.ops.encode import encode
 from mixtools.storage.dtypes import DType
 
 ROWS, COLS = 14336, 4096
@@ -32,28 +31,19 @@ PEER_SECONDS = 0.1  # about what one run of the peer takes: its number of rows f
 ISAS = [isa for isa in cpu.Isa if isa <= cpu.best_instruction_set()]
 
 
-def peer() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64" / "libggml-base.so"))
-    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return library
-
-
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def measure(type: DType, bits: np.ndarray, importance: np.ndarray | None, library: ctypes.CDLL) -> dict[str, Any]:
+def measure(type: DType, bits: np.ndarray, importance: np.ndarray | None) -> dict[str, Any]:
     """Medians over the rounds: values per second of ggml and of ours, and the ratio of each pair."""
-    number = int(gguf.GGMLQuantizationType[type.value])
     at = None if importance is None else importance.ctypes.data
 
     def theirs(rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), type.row_bytes(COLS)), np.uint8)
-        library.ggml_quantize_chunk(number, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, at)
+        LIBRARY.ggml_quantize_chunk(number(type), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, at)
         return out
 
     floats = (bits[:16].astype(np.uint32) << 16).view(np.float32)
@@ -67,7 +57,7 @@ def measure(type: DType, bits: np.ndarray, importance: np.ndarray | None, librar
         for isa in ISAS:
             os.environ[cpu.ISA_VARIABLE] = name = isa.name.lower()
             out[...] = 0
-            speeds[name].append(bits.size / seconds(lambda: ggml.encode(bits, DType.BF16, type, importance, out=out)))
+            speeds[name].append(bits.size / seconds(lambda: encode(bits, DType.BF16, type, importance, out=out)))
             assert np.array_equal(out, expected), (type, name)
     ratios = {name: median(np.divide(speeds[name], speeds["ggml"])) for name in [*speeds][1:]}
     return {
@@ -84,7 +74,7 @@ def measure_memory(type: DType, bits: np.ndarray) -> dict[str, Any]:
     os.environ.pop(cpu.ISA_VARIABLE, None)
     out = np.zeros((len(bits), type.row_bytes(COLS)), np.uint8)
     copy = np.zeros_like(bits)
-    encoded = best_seconds(lambda: ggml.encode(bits, DType.BF16, type, out=out))
+    encoded = best_seconds(lambda: encode(bits, DType.BF16, type, out=out))
     copied = best_seconds(lambda: ctypes.memmove(copy.ctypes.data, bits.ctypes.data, bits.nbytes))
     ours, limit = (bits.nbytes + out.nbytes) / encoded, 2 * bits.nbytes / copied
     return {
@@ -103,10 +93,10 @@ def main() -> None:
     for row in bits:
         row[:] = (random.standard_normal(COLS, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
     importance = random.chisquare(1, COLS).astype(np.float32)  # a mean square of each column
-    library, results = peer(), []
-    for type in sorted(ggml.NATIVE, key=lambda type: type.value):
+    results = []
+    for type in sorted(cpu.NATIVE, key=lambda type: type.value):
         for weights in (None, importance):
-            found = measure(type, bits, weights, library)
+            found = measure(type, bits, weights)
             results.append(found)
             ours = "   ".join(
                 f"{name} {found['megavalues_per_second'][name]:.1f} ({ratio:.1f}x)"

@@ -32,7 +32,6 @@ class RowInt8:
 
     name: ClassVar[str] = "row-int8"
     suffixes: ClassVar[tuple[str, ...]] = ("codes", "scales")
-    by_rows: ClassVar[bool] = False
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         codes, scales = self.suffixes

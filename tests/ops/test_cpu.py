@@ -237,7 +237,7 @@ def test_best_instruction_set_agrees_with_the_system():
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr("mixtools.__path__", [str(tmp_path)])
     with pytest.raises(MixtoolsError, match=r"_kernels.so\) are missing: build it with `pip install"):
-        cpu.library.__wrapped__()
+        cpu.kernels.__wrapped__()
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path):

@@ -11,12 +11,12 @@ import mmap
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from ggml_oracle import traits_of
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops import cpu
@@ -167,29 +167,6 @@ def test_denormal_scales_where_torch_flushes_them(isa):
         np.testing.assert_array_equal(decode(blocks, DType.Q8_0, DType.F32), expected)
     finally:
         torch.set_flush_denormal(False)
-
-
-class Traits(ctypes.Structure):
-    """ggml_type_traits of ggml.h."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("values", ctypes.c_int64),
-        ("interleave", ctypes.c_int64),
-        ("size", ctypes.c_size_t),
-        ("quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-def traits_of(dtype: DType) -> Traits:
-    folder = Path(pytest.importorskip("libggml", reason="needs libggml-python").__file__).parent
-    library = ctypes.CDLL(str(folder / "lib64/libggml-base.so"))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
-    traits = library.ggml_get_type_traits(int(ggml(dtype))).contents
-    assert (traits.name.decode().upper(), (traits.values, traits.size)) == (dtype.value, block_of(dtype))
-    return traits
 
 
 def by_ggml(blocks: np.ndarray, dtype: DType) -> np.ndarray:
@@ -365,7 +342,7 @@ def test_what_cannot_be_decoded_is_named():
 
 def test_the_kernel_refuses_numbers_that_it_does_not_know():
     blocks, out = random_blocks(DType.Q4_K, 1, 1), np.zeros((1, 256), np.uint32)
-    call = cpu.library().mixtools_decode
+    call = cpu.kernels().mixtools_decode
     for number, to, isa in ((16, 0, 0), (12, 2, 0), (12, 0, 9), (-1, 0, 0)):
         assert call(blocks.ctypes.data, 144, out.ctypes.data, 1024, 1, 1, number, to, 1, isa) == -2
     assert not out.any()

@@ -15,7 +15,8 @@ import torch
 from ggml_oracle import by_ggml, by_libgguf
 
 from mixtools.errors import MixtoolsError
-from mixtools.ops import cpu, ggml
+from mixtools.ops import cpu
+from mixtools.ops.encode import encode
 from mixtools.storage.dtypes import DType
 
 TYPES = [
@@ -114,7 +115,7 @@ def block_of(type: DType) -> int:
 @each_type
 @each_importance
 def test_bytes_equal_ggml(isa, type, importance):
-    blocks = ggml.encode(ROWS, DType.F32, type, IMPORTANCE[importance])
+    blocks = encode(ROWS, DType.F32, type, IMPORTANCE[importance])
     assert blocks.dtype == np.uint8
     differ = (blocks != expected(type, importance)).any(axis=1)
     assert {kind: rows for kind, rows in zip(KINDS, differ, strict=True) if rows} == {}
@@ -136,7 +137,7 @@ def million(type: DType) -> tuple[np.ndarray, np.ndarray]:
 @each_type
 def test_bytes_of_a_million_values_equal_ggml(isa, type):
     rows, blocks = million(type)
-    np.testing.assert_array_equal(ggml.encode(rows, DType.F32, type), blocks)
+    np.testing.assert_array_equal(encode(rows, DType.F32, type), blocks)
 
 
 # Found by search among 50,000: fits whose range closes, scales below zero, sums of scales that lose their sign.
@@ -156,7 +157,7 @@ def test_corners_of_the_searches(isa, type, seed):
     ][seed % 4]().astype(np.float32)
     few = np.exp(rng.uniform(-9, 9, 256)) * (rng.random(256) < rng.choice([0.03, 0.1, 0.5]))
     importance = few.astype(np.float32)
-    np.testing.assert_array_equal(ggml.encode(rows, DType.F32, type, importance), by_ggml(rows, type, importance))
+    np.testing.assert_array_equal(encode(rows, DType.F32, type, importance), by_ggml(rows, type, importance))
 
 
 # Of 300 million random values the only 16 where Q3_K comes out otherwise if it rounds a * (b / c) instead of a * b / c.
@@ -169,7 +170,7 @@ HANGS_ON_ORDER = [
 def test_the_order_of_operations(isa):
     row = np.zeros((1, 256), np.uint32)
     row[0, :16] = HANGS_ON_ORDER
-    np.testing.assert_array_equal(ggml.encode(row, DType.F32, DType.Q3_K), by_ggml(row.view(np.float32), DType.Q3_K))
+    np.testing.assert_array_equal(encode(row, DType.F32, DType.Q3_K), by_ggml(row.view(np.float32), DType.Q3_K))
 
 
 @each_type
@@ -179,7 +180,7 @@ def test_any_number_of_blocks(isa, type):
         array = normal(rows, across * block, seed=rows)
         importance = np.random.default_rng(rows).random(across * block, np.float32)
         for weights in (None, importance):
-            result = ggml.encode(array, DType.F32, type, weights)
+            result = encode(array, DType.F32, type, weights)
             np.testing.assert_array_equal(result, by_ggml(array, type, weights))
 
 
@@ -188,10 +189,10 @@ def test_any_number_of_threads(isa, type):
     array = normal(211, 1024)  # several times what a thread takes at once
     importance = np.random.default_rng(0).random(1024, np.float32)
     for weights in (None, importance):
-        one = ggml.encode(array, DType.F32, type, weights)
+        one = encode(array, DType.F32, type, weights)
         np.testing.assert_array_equal(one[:5], by_ggml(array[:5], type, weights))
         for threads in (2, 3):
-            np.testing.assert_array_equal(ggml.encode(array, DType.F32, type, weights, threads=threads), one)
+            np.testing.assert_array_equal(encode(array, DType.F32, type, weights, threads=threads), one)
 
 
 def halves(exponent: int) -> np.ndarray:
@@ -206,15 +207,15 @@ def halves(exponent: int) -> np.ndarray:
 def test_of_every_half(isa, type):
     bits = halves(0x7C00)
     expected = by_ggml(bits.view(np.float16).astype(np.float32), type)
-    np.testing.assert_array_equal(ggml.encode(bits, DType.F16, type), expected)
-    np.testing.assert_array_equal(ggml.encode(bits.view(np.float16), DType.F16, type), expected)
+    np.testing.assert_array_equal(encode(bits, DType.F16, type), expected)
+    np.testing.assert_array_equal(encode(bits.view(np.float16), DType.F16, type), expected)
 
 
 @each_type
 def test_of_every_bfloat16(isa, type):
     bits = halves(0x7F80)
     expected = by_ggml((bits.astype(np.uint32) << 16).view(np.float32), type)
-    np.testing.assert_array_equal(ggml.encode(bits, DType.BF16, type), expected)
+    np.testing.assert_array_equal(encode(bits, DType.BF16, type), expected)
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
@@ -229,7 +230,7 @@ def test_rows_lie_anywhere(isa, dtype, type):
 
     def assert_equal(view: np.ndarray, expected: np.ndarray) -> None:
         for weights in (None, importance[: view.shape[1]]):
-            result = ggml.encode(view, dtype, type, weights)
+            result = encode(view, dtype, type, weights)
             np.testing.assert_array_equal(result, by_ggml(expected, type, weights))
 
     for view in (np.s_[::2], np.s_[::-1], np.s_[2:20:3], np.s_[:, 256:768], np.s_[::-3, 256:]):
@@ -247,7 +248,7 @@ def test_fills_what_it_is_given_and_nothing_beside(isa, type):
     blocks = by_ggml(array, type)
     raw = np.full(blocks.size + 200, 7, np.uint8)
     out = raw[101 : 101 + blocks.size].reshape(blocks.shape)
-    assert ggml.encode(array, DType.F32, type, out=out) is out
+    assert encode(array, DType.F32, type, out=out) is out
     np.testing.assert_array_equal(out, blocks)
     out[...] = 7
     assert (raw == 7).all()
@@ -260,7 +261,7 @@ def test_nan_and_infinity_reach_no_other_row(isa, type):
     array = np.where(np.arange(40)[:, None] % 2 == 0, bits.view(np.float32), normal(40, 512))
     importance = np.ones(512, np.float32)
     for weights in (None, importance):
-        blocks = ggml.encode(array, DType.F32, type, weights)
+        blocks = encode(array, DType.F32, type, weights)
         np.testing.assert_array_equal(blocks[1::2], by_ggml(array[1::2], type, weights))
 
 
@@ -269,7 +270,7 @@ def test_flushed_denormals_make_no_difference(isa, type):
     if not torch.set_flush_denormal(True):
         pytest.skip("this machine cannot flush them")
     try:
-        blocks = ggml.encode(ROWS, DType.F32, type, threads=2)
+        blocks = encode(ROWS, DType.F32, type, threads=2)
         still = torch.tensor([1e-40]) * 2 == 0  # and the caller's setting is as it was
     finally:
         torch.set_flush_denormal(False)
@@ -278,8 +279,8 @@ def test_flushed_denormals_make_no_difference(isa, type):
 
 
 def test_nothing_to_encode():
-    assert ggml.encode(np.zeros((0, 256), np.float32), DType.F32, DType.Q4_K).shape == (0, 144)
-    assert ggml.encode(np.zeros((4, 0), np.float32), DType.F32, DType.Q4_K).shape == (4, 0)
+    assert encode(np.zeros((0, 256), np.float32), DType.F32, DType.Q4_K).shape == (0, 144)
+    assert encode(np.zeros((4, 0), np.float32), DType.F32, DType.Q4_K).shape == (4, 0)
 
 
 def test_names_what_it_cannot_take():
@@ -287,29 +288,29 @@ def test_names_what_it_cannot_take():
     half = rows.astype(np.float16)
     q4 = DType.Q4_K
     for type in (DType.F16, DType.IQ2_XS):
-        with pytest.raises(MixtoolsError, match=f"no encoder of {type.value} here: Q4_0, "):
-            ggml.encode(rows, DType.F32, type)
-    with pytest.raises(MixtoolsError, match="Q4_K is encoded from F32, F16, BF16, not F64"):
-        ggml.encode(rows.astype(np.float64), DType.F64, q4)
+        with pytest.raises(MixtoolsError, match=f"no encoder of {type.value} here: IQ4_NL, "):
+            encode(rows, DType.F32, type)
+    with pytest.raises(MixtoolsError, match="Q4_K is encoded from BF16, F16, F32, not F64"):
+        encode(rows.astype(np.float64), DType.F64, q4)
     wrong = [
         (rows, DType.BF16), (half, DType.F32), (half, DType.BF16), (rows[0], DType.F32), (rows[None], DType.F32),
         (rows.view(np.uint16), DType.F32), (rows.astype(">f4"), DType.F32),
     ]  # fmt: skip
     for array, dtype in wrong:
         with pytest.raises(MixtoolsError, match=rf"rows of {dtype.value} are a matrix of .*, not "):
-            ggml.encode(array, dtype, q4)
+            encode(array, dtype, q4)
     for array in (normal(512, 512).T, normal(4, 1024)[:, ::2]):
         with pytest.raises(MixtoolsError, match="side by side, not strides"):
-            ggml.encode(array, DType.F32, q4)
+            encode(array, DType.F32, q4)
     with pytest.raises(MixtoolsError, match=r"rows of 288 values are no multiple of Q4_K's blocks of 256"):
-        ggml.encode(normal(4, 288), DType.F32, q4)
+        encode(normal(4, 288), DType.F32, q4)
     with pytest.raises(MixtoolsError, match=r"rows of 260 values are no multiple of Q8_0's blocks of 32"):
-        ggml.encode(normal(4, 260), DType.F32, DType.Q8_0)
+        encode(normal(4, 260), DType.F32, DType.Q8_0)
     for importance in (np.ones(256, np.float32), np.ones((1, 512), np.float32), np.ones(512), np.float32(1)):
         with pytest.raises(MixtoolsError, match=r"importance of 512 columns is as many float32, not "):
-            ggml.encode(rows, DType.F32, q4, importance)
+            encode(rows, DType.F32, q4, importance)
     with pytest.raises(MixtoolsError, match="0 threads"):
-        ggml.encode(rows, DType.F32, q4, threads=0)
+        encode(rows, DType.F32, q4, threads=0)
 
 
 def test_names_what_it_cannot_fill():
@@ -323,15 +324,15 @@ def test_names_what_it_cannot_fill():
         read_only,
     ):
         with pytest.raises(MixtoolsError, match=r"Q4_K of float32 \[4, 512\].* takes \[4, 288\] uint8, not"):
-            ggml.encode(rows, DType.F32, DType.Q4_K, out=out)
+            encode(rows, DType.F32, DType.Q4_K, out=out)
     with pytest.raises(MixtoolsError, match="overlaps"):
-        ggml.encode(rows, DType.F32, DType.Q4_K, out=rows.view(np.uint8).reshape(-1)[: 4 * 288].reshape(4, 288))
+        encode(rows, DType.F32, DType.Q4_K, out=rows.view(np.uint8).reshape(-1)[: 4 * 288].reshape(4, 288))
 
 
 def test_importance_may_have_a_stride():
     rows, importance = normal(4, 512), np.random.default_rng(0).random(1024, np.float32)
     np.testing.assert_array_equal(
-        ggml.encode(rows, DType.F32, DType.Q4_K, importance[::2]),
+        encode(rows, DType.F32, DType.Q4_K, importance[::2]),
         by_ggml(rows, DType.Q4_K, importance[::2]),
     )
 
@@ -341,13 +342,13 @@ def test_a_type_or_source_that_the_kernel_does_not_know_is_an_error(isa):
 
     def call(source: int, type: int, isa: int) -> int:
         arguments = (rows.ctypes.data, 1024, source, 1, 256, None, type, out.ctypes.data, 1, isa)
-        return int(cpu.library().mixtools_encode(*arguments))
+        return int(cpu.kernels().mixtools_encode(*arguments))
 
     assert call(0, 12, isa) == 0
     assert call(2, 12, isa) == call(0, 9, isa) == call(0, 12, 4) == -2
 
 
 def test_encoding_needs_no_torch():
-    code = "import sys; from mixtools.ops import ggml; print('torch' in sys.modules)"
+    code = "import sys; from mixtools.ops import encode; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ...config import MixtralConfig
+from ...config import MixtralConfig, load_object
+from ...documents import MAX_DOCUMENT
+from ...errors import ConfigError
 from ...layouts.checkpoint import Checkpoint
+from ...layouts.gguf import KEPT
 from ...layouts.gguf_config import ARCHITECTURE, FILE_TYPES
 from ...layouts.gguf_files import stem_of
-from ...storage.gguf_values import Kind, Value, array, string, uint32
+from ...storage.gguf_values import Kind, Metadata, Value, array, from_json, string, uint32
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _HUB = "https://huggingface.co/"
@@ -47,17 +50,20 @@ def folder_name(folder: Path) -> str:
 
 
 def general(source: Checkpoint, name: str, file_type: str, quantized_by: str | None) -> dict[str, Value]:
-    """All but what the architecture and the tokenizer say. Raises nothing: what a card says amiss is left out."""
+    """All but what the architecture and the tokenizer say; what a card says amiss is left out.
+
+    Raises ConfigError for a gguf-metadata.json that is none.
+    """
     told: dict[str, Value] = {"general.architecture": string(ARCHITECTURE), "general.type": string("model")}
-    if source.gguf is not None:
-        kept = {key: value for key, value in source.gguf.metadata.items() if key.startswith("general.")}
-        told |= {key: value for key, value in kept.items() if not key.startswith(_DROPPED)}
-    else:
+    if source.gguf is None:
         named = re.search(r"(?<![\w.])\d+x\d+(\.\d+)?[KMBT](?![\w.])", name)  # as llama.cpp's converter: the name's own
         told |= {
             "general.name": string(name),
             "general.size_label": string(named[0] if named else size_label(source.config)),
         }
+    earlier = _earlier(source).items()
+    told |= {key: value for key, value in earlier if key.startswith("general.") and not key.startswith(_DROPPED)}
+    if source.gguf is None:
         told |= dict(_from_card(_front_matter(source.folder / "README.md")))
     if quantized_by:
         told["general.quantized_by"] = string(quantized_by)
@@ -66,11 +72,24 @@ def general(source: Checkpoint, name: str, file_type: str, quantized_by: str | N
     return told
 
 
+def _earlier(source: Checkpoint) -> Metadata:
+    """Of a GGUF its metadata, of what was made of one those that were kept beside it."""
+    if source.gguf is not None:
+        return source.gguf.metadata
+    file = source.folder / KEPT
+    try:
+        return from_json(load_object(file, MAX_DOCUMENT))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"is not what mixtools writes there ({error!r}); move it away", file=file) from None
+
+
 def kept(source: Checkpoint) -> dict[str, Value]:
-    """Of a GGUF all other keys, its tokenizer's included; what only its own bytes were is dropped."""
-    assert source.gguf is not None
-    found = source.gguf.metadata.items()
-    return {key: value for key, value in found if not key.startswith((*_DROPPED, "general."))}
+    """All other keys, of a GGUF the tokenizer's and the architecture's included; what its bytes alone were is dropped.
+
+    Raises as `general` does.
+    """
+    left = (*_DROPPED, "general.", *(() if source.gguf is not None else (f"{ARCHITECTURE}.", "tokenizer.")))
+    return {key: value for key, value in _earlier(source).items() if not key.startswith(left)}
 
 
 def size_label(config: MixtralConfig) -> str:

@@ -14,11 +14,12 @@ from ...layouts.checkpoint import Checkpoint
 from ...names import Role, Slot
 from ...storage.dtypes import DType
 from ...storage.store import CHUNK
+from ...writing import read_rate
+from .mixtures import NEED_IMATRIX
 from .run import File
 from .stored import store
 
 _PROBE_ROWS, _PROBE_COLUMNS = 64, 4096
-_READ = 64_000_000  # bytes of the source that are read to know its rate
 
 
 def memory(files: Sequence[File], job: Job, jobs: int) -> int:
@@ -32,32 +33,17 @@ def seconds(source: Checkpoint, files: Sequence[File], jobs: int) -> float:
     for file in files:
         for slot, choice in file.choices.items():
             values[choice.type] += math.prod(source.config.shape(slot.role))
-    encoding = sum(count / _rate(source, dtype) for dtype, count in values.items())
-    return round(max(_reading(source), encoding / max(1, jobs)), 1)
+    encoding = sum(count / _rate(dtype) for dtype, count in values.items())
+    reading = sum(dtype.nbytes(shape) for shape, dtype in map(source.spec, source.slots())) / read_rate(source)
+    return round(max(reading, encoding / jobs), 1)
 
 
-def _rate(source: Checkpoint, target: DType) -> float:
+def _rate(target: DType) -> float:
     """Values a second that one thread encodes."""
     rows = np.random.default_rng(0).standard_normal((_PROBE_ROWS, _PROBE_COLUMNS), np.float32).view(np.uint32)
     bits, slot = store(rows, DType.F32, DType.BF16, None, Slot(Role.HEAD)), Slot(Role.HEAD)
     ones = np.ones(_PROBE_COLUMNS, np.float32)
     store(bits[:1], DType.BF16, target, ones, slot)  # what is made once
     began = time.perf_counter()
-    store(bits, DType.BF16, target, None if target not in _WEIGHED else ones, slot)
+    store(bits, DType.BF16, target, ones if target in NEED_IMATRIX else None, slot)
     return bits.size / max(1e-9, time.perf_counter() - began)
-
-
-_WEIGHED = (DType.IQ1_S, DType.IQ1_M, DType.IQ2_XXS, DType.IQ2_XS, DType.IQ2_S, DType.IQ3_XXS)
-
-
-def _reading(source: Checkpoint) -> float:
-    total = sum(entry.nbytes for entry in source.store.entries.values())
-    began, read = time.perf_counter(), 0
-    for slot in source.slots():
-        for block in source.blocks(slot, CHUNK):
-            read += block.nbytes
-            if read > _READ:
-                break
-        if read > _READ:
-            break
-    return total * (time.perf_counter() - began) / max(1, read)

@@ -36,7 +36,7 @@ _FALLBACK = {  # where rows are no multiple of 256
     T.IQ1_S: T.IQ4_NL, T.IQ1_M: T.IQ4_NL, T.IQ2_XXS: T.IQ4_NL, T.IQ2_XS: T.IQ4_NL, T.IQ2_S: T.IQ4_NL,
     T.IQ3_XXS: T.IQ4_NL, T.IQ3_S: T.IQ4_NL,
 }  # fmt: skip
-_NEED_IMATRIX = (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS)
+NEED_IMATRIX = (T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS)
 _CARD_TYPES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S",
                "Q5_K_M", "Q6_K", "Q8_0")  # fmt: skip
 _CARD_OUTPUTS = {"Q2_K": T.Q3_K, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K}  # attn_output of December 2023
@@ -284,5 +284,5 @@ def needs_imatrix(mixture: Mixture, choices: Mapping[Slot, Choice]) -> Iterator[
     for slot, (dtype, _) in choices.items():
         if slot.role in (Role.EMBED, Role.HEAD):
             continue
-        if dtype in _NEED_IMATRIX or (dtype is T.Q2_K and mixture.name == "Q2_K_S"):
+        if dtype in NEED_IMATRIX or (dtype is T.Q2_K and mixture.name == "Q2_K_S"):
             yield slot, dtype

@@ -6,17 +6,18 @@ slot of the source ─► blocks of rows, once ─► stored as each file has th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...config import MixtralConfig
-from ...conversion import worker_bytes
+from ...conversion import inputs_of, worker_bytes
 from ...errors import QuantizedError, UsageError
-from ...job import BARE, Fan, Inputs, Job, Target
+from ...job import BARE, Fan, Job, Target
 from ...layouts.checkpoint import Checkpoint
 from ...layouts.gguf import GGUF
 from ...layouts.gguf_config import architecture
@@ -89,42 +90,35 @@ def plan_file(
     return File(mixture, choices, layout, gguf_files(stem, metadata, [*shapes.values()], max_shard_bytes), fallbacks)
 
 
-def metadata_of(source: Checkpoint, options: Options) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """Keys that files of all types share, but for general.*, and what they lack.
+class Shared(NamedTuple):
+    """What files of all types have in common. `missing`: what they lack because the source does."""
 
-    Raises TokenizerError and ConfigError for what a GGUF cannot hold.
-    """
+    metadata: Metadata
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def shared_by_all(source: Checkpoint, options: Options) -> Shared:
+    """All keys but general.*. Raises TokenizerError and ConfigError for what a GGUF cannot hold."""
+    from ...text.declared import has_tokenizer
+
+    metadata: dict[str, Value] = {}
     missing: tuple[str, ...] = ()
-    if source.gguf is not None:
-        told = about.kept(source)
-    else:
-        tokenizer = _vocabulary(source)
-        missing = () if tokenizer else ("tokenizer",)
-        told = architecture(source.config, source.folder) | (tokenizer or _NO_VOCABULARY)
-    if (importance := options.importance) is not None:
-        told |= _about_importance(importance)
-    return told, missing
+    notes = source.remarks
+    if source.gguf is None:
+        metadata |= architecture(source.config, source.folder)
+        if has_tokenizer(source.folder):
+            from ...text import to_gguf
 
-
-def _vocabulary(source: Checkpoint) -> dict[str, Value]:
-    from ...text.declared import has_tokenizer
-
-    if not has_tokenizer(source.folder):
-        return {}
-    from ...text.to_gguf import vocabulary
-
-    return vocabulary(source.folder, source.config.vocab_size)
-
-
-def _remarks(source: Checkpoint) -> tuple[str, ...]:
-    """What a GGUF cannot say of the source's tokenizer, or llama.cpp does otherwise."""
-    from ...text.declared import has_tokenizer
-
-    if source.gguf is not None or not has_tokenizer(source.folder):
-        return ()
-    from ...text.to_gguf import remarks
-
-    return tuple(remarks(source.folder, source.config.vocab_size))
+            metadata |= to_gguf.vocabulary(source.folder, source.config.vocab_size)
+            notes += to_gguf.remarks(source.folder, source.config.vocab_size)
+        else:
+            metadata |= _NO_VOCABULARY
+            missing = ("tokenizer",)
+    metadata |= about.kept(source)
+    if options.importance is not None:
+        metadata |= _about_importance(options.importance)
+    return Shared(metadata, missing, notes)
 
 
 def _about_importance(importance: Importance) -> dict[str, Value]:
@@ -140,24 +134,21 @@ def _about_importance(importance: Importance) -> dict[str, Value]:
 
 
 def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options) -> list[tuple[File, Job]]:
-    """A job for each file type. Raises what `plan_file` and `metadata_of` raise."""
+    """A job for each file type. Raises what `plan_file` and `shared_by_all` raise."""
     planned = []
-    shared, missing = metadata_of(source, options)
-    remarks = _remarks(source)
+    shared = shared_by_all(source, options)
     for mixture in mixtures:
-        metadata = about.general(source, options.name, mixture.name, options.quantized_by) | shared
+        metadata = about.general(source, options.name, mixture.name, options.quantized_by)
+        metadata |= shared.metadata
         file = plan_file(
             mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
             imatrix=options.importance is not None, max_shard_bytes=options.max_shard_bytes,
         )  # fmt: skip
-        planned.append((file, replace(job := _job(source, file, options, missing), notes=job.notes + remarks)))
+        planned.append((file, _job(source, file, options, shared)))
     return planned
 
 
-def _job(source: Checkpoint, file: File, options: Options, missing: tuple[str, ...]) -> Job:
-    files = source.store.sources
-    sizes = {path.name: path.stat().st_size for one in files for path in one.paths}
-    inputs = Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
+def _job(source: Checkpoint, file: File, options: Options, shared: Shared) -> Job:
     mixture = {key: value for key, value in asdict(file.mixture).items() if value}
     told: dict[str, Any] = {
         key: [[pattern, dtype.value] for pattern, dtype in value] if key == "tensor_types"
@@ -166,14 +157,14 @@ def _job(source: Checkpoint, file: File, options: Options, missing: tuple[str, .
     }  # fmt: skip
     if options.importance is not None:
         told["imatrix"] = _digest(options.importance)
-    notes = source.remarks
+    notes = shared.notes
     if file.fallbacks:
         shown = ", ".join(file.fallbacks[:3]) + (", ..." if len(file.fallbacks) > 3 else "")
         notes += (f"{len(file.fallbacks)} tensors have rows that are no multiple of their type's blocks: {shown}",)
+    record = {"layout": GGUF.name, "options": {"name": options.name}, "quantize": told}
     return Job(
-        inputs, file.plan, lambda _: (), {"layout": GGUF.name, "options": {"name": options.name}, "quantize": told},
-        {}, {}, missing, notes=notes, title=f"GGUF {file.mixture.name}", label="quantizing", shared=True,
-        base_bytes=BARE, worker_bytes=worker_bytes(source, GGUF) + 2 * CHUNK,
+        inputs_of(source), file.plan, lambda _: (), record, {}, {}, shared.missing, notes=notes, title=f"GGUF {file.mixture.name}", label="quantizing", shared=True,
+        base_bytes=BARE, worker_bytes=worker_bytes(source, GGUF, casts=True) + 2 * CHUNK,
     )  # fmt: skip
 
 
@@ -201,7 +192,7 @@ def fans(
             place = targets[0].region
             if place not in seen:  # a tied head is the embedding
                 seen.add(place)
-                made.append(Fan(targets, lambda slot=slot: _blocks(source, slot), (slot,)))  # type: ignore[misc]
+                made.append(Fan(targets, functools.partial(_blocks, source, slot), (slot,)))
         return made
 
     return tasks

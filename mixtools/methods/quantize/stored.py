@@ -13,18 +13,15 @@ import numpy.typing as npt
 from ...errors import TensorError, UsageError
 from ...names import Slot
 from ...ops import cpu
-from ...ops.ggml import NATIVE, encode
+from ...ops.cpu import NATIVE
+from ...ops.encode import encode
 from ...storage.casting import cast, widen
-from ...storage.dtypes import DType
+from ...storage.dtypes import GGML, DType
 from ...storage.store import Bits, Entry
 from .mixtures import DENSE
 
 Weights = npt.NDArray[np.float32]
 EXTRA = "libgguf"  # what makes the types that no kernel here does
-_GGML = {  # ggml_type, ggml.h: the types left to that package
-    DType.IQ2_XXS: 16, DType.IQ2_XS: 17, DType.IQ3_XXS: 18, DType.IQ1_S: 19, DType.IQ3_S: 21, DType.IQ2_S: 22,
-    DType.IQ1_M: 29, DType.MXFP4: 39,
-}  # fmt: skip
 _FIRST = threading.Lock()  # its tables are made by the first call
 
 
@@ -66,5 +63,5 @@ def _foreign(values: npt.NDArray[np.float32], target: DType, weights: Weights | 
     package: Any = importlib.import_module(EXTRA)
     rows, columns = values.shape
     with _FIRST:
-        data = package.quantize_rows_raw(_GGML[target], np.ascontiguousarray(values), rows, columns, weights)
+        data = package.quantize_rows_raw(GGML[target], np.ascontiguousarray(values), rows, columns, weights)
     return np.frombuffer(data, np.uint8).reshape(rows, target.row_bytes(columns))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -180,6 +179,7 @@ def _carry_out(
     resume: bool, overwrite: bool, jobs: int, limit: int | None, dry_run: bool, progress: Progress,
 ) -> Quantized | Planned:  # fmt: skip
     from ...job import Run, is_made, run_together
+    from ...storage.disk import free_bytes
     from .forecast import memory, seconds
     from .results import Planned, Quantized
     from .run import expect_weighed, fans
@@ -190,7 +190,7 @@ def _carry_out(
     notes = tuple(dict.fromkeys(note for job in made for note in job.notes))
     if dry_run:
         return Planned(
-            folder, _rows(files), made[0].missing, jobs, memory(files, made[0], jobs), _free(folder),
+            folder, _rows(files), made[0].missing, jobs, memory(files, made[0], jobs), free_bytes(folder),
             seconds(source, files, jobs), notes,
         )  # fmt: skip
     there = [is_made(job, folder) for job in made]
@@ -226,14 +226,6 @@ def _within(limit: int | None, jobs: int, files: Sequence[File], job: Job) -> in
     return max(fitting)
 
 
-def _free(folder: Path) -> int:
-    """Bytes of the disk where it will be."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
 def _from_config(
     file: Path, out: Path, mixtures: Sequence[Mixture], *, name: str | None, shard: int | None, imatrix: bool, jobs: int
 ) -> Planned:
@@ -241,6 +233,7 @@ def _from_config(
     from ...config import from_document, load_object
     from ...job import BARE
     from ...layouts.gguf_config import architecture
+    from ...storage.disk import free_bytes
     from .about import folder_name
     from .results import Planned
     from .run import plan_file
@@ -255,4 +248,4 @@ def _from_config(
         for mixture, stem in zip(mixtures, stems, strict=True)
     ]  # fmt: skip
     note = f"sizes follow from {file.name} alone; a vocabulary adds some hundred kB to each file"
-    return Planned(folder, _rows(files), (), jobs, BARE, _free(folder), None, (note,))
+    return Planned(folder, _rows(files), (), jobs, BARE, free_bytes(folder), None, (note,))

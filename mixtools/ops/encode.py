@@ -7,22 +7,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..errors import MixtoolsError
-from ..storage.dtypes import DType
+from ..storage.dtypes import GGML, DType
 from . import cpu
-from .cpu import Array
+from .cpu import NATIVE, Array
 
-# ggml's numbers of its types (enum ggml_type of ggml.h, https://github.com/ggml-org/llama.cpp), as kernels/encode.h
-_SOURCES = {DType.F32: 0, DType.F16: 1, DType.BF16: 30}
-_BLOCKS = {
-    DType.Q4_0: 2, DType.Q4_1: 3, DType.Q5_0: 6, DType.Q5_1: 7, DType.Q8_0: 8, DType.Q2_K: 10, DType.Q3_K: 11,
-    DType.Q4_K: 12, DType.Q5_K: 13, DType.Q6_K: 14, DType.IQ4_NL: 20, DType.IQ4_XS: 23, DType.MXFP4: 39,
-}  # fmt: skip
 _WORDS = {  # what numpy may call a value's bits
     DType.F32: ("float32", "uint32", "int32"),
     DType.F16: ("float16", "uint16", "int16"),
     DType.BF16: ("uint16", "int16"),
 }
-NATIVE: frozenset[DType] = frozenset(_BLOCKS)
 
 
 def encode(
@@ -53,10 +46,10 @@ def encode(
         raise MixtoolsError("an encoder cannot work in place: the result overlaps the source")
     if out.size == 0:
         return out
-    status = cpu.library().mixtools_encode(
-        rows.ctypes.data, rows.strides[0], _SOURCES[dtype], *rows.shape,
+    status = cpu.kernels().mixtools_encode(
+        rows.ctypes.data, rows.strides[0], GGML[dtype], *rows.shape,
         None if weights is None else weights.ctypes.data,
-        _BLOCKS[type], out.ctypes.data, cpu.positive(threads), cpu.instruction_set(),
+        GGML[type], out.ctypes.data, cpu.positive(threads), cpu.instruction_set(),
     )  # fmt: skip
     if status:
         raise MixtoolsError(f"the encoder of {type.value} refused {cpu.describe(rows)} (status {status})")
@@ -64,10 +57,10 @@ def encode(
 
 
 def _check_source(rows: Array, dtype: DType, type: DType) -> None:
-    if type not in _BLOCKS:
-        raise MixtoolsError(f"there is no encoder of {type.value} here: {_names(_BLOCKS)}")
-    if dtype not in _SOURCES:
-        raise MixtoolsError(f"{type.value} is encoded from {_names(_SOURCES)}, not {dtype.value}")
+    if type not in NATIVE:
+        raise MixtoolsError(f"there is no encoder of {type.value} here: {_names(NATIVE)}")
+    if dtype not in _WORDS:
+        raise MixtoolsError(f"{type.value} is encoded from {_names(_WORDS)}, not {dtype.value}")
     if rows.ndim != 2 or rows.dtype.name not in _WORDS[dtype] or not rows.dtype.isnative:
         words = " or ".join(_WORDS[dtype])
         raise MixtoolsError(f"rows of {dtype.value} are a matrix of {words}, not {cpu.describe(rows)}")
@@ -76,7 +69,7 @@ def _check_source(rows: Array, dtype: DType, type: DType) -> None:
 
 
 def _names(types: Iterable[DType]) -> str:
-    return ", ".join(type.value for type in types)
+    return ", ".join(sorted(type.value for type in types))
 
 
 def _row_bytes(type: DType, columns: int) -> int:
