@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "blocks.h"
 #include "common.h"
 #include "threads.h"
 

@@ -192,7 +192,7 @@ struct EncodeMXFP4 {
         store(size, find_size(values));
         for (int block = 0; block < W; block++, values += VALUES, out += BYTES) {
             out[0] = size[block] > 0.f ? exponent(size[block]) : 0;
-            const float unit = half_power(out[0]);
+            const float unit = blocks::half_power(out[0]);
             const I last = splat(out[0] < 253 ? 7 : 5);  // 8 units may be infinite, and not near anything
             for (int j = 0; j < 16; j += W)
                 store_bytes(out + 1 + j, nearest_index(load(values + j), unit, last) |
@@ -204,13 +204,6 @@ struct EncodeMXFP4 {
     // By the logarithm, as just below a power of two its rounding decides. Of very small sizes it wraps.
     static uint8_t exponent(float size) {
         return static_cast<uint8_t>(int(std::min(std::floor(std::log2(size)), 128.f)) - 2 + 127);
-    }
-
-    static float half_power(uint8_t exponent) {
-        const uint32_t pattern = exponent < 2 ? 0x00200000u << exponent : uint32_t(exponent - 1) << 23;
-        float power;
-        std::memcpy(&power, &pattern, sizeof power);
-        return power;
     }
 
     INLINE static I nearest_index(F x, float unit, I last) {

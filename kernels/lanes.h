@@ -18,7 +18,6 @@ typedef int32_t I __attribute__((vector_size(64)));
 typedef __mmask16 M;
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-INLINE I load(const int32_t* p) { return (I)_mm512_loadu_si512(p); }
 INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 INLINE void store(int32_t* p, I v) { _mm512_storeu_si512(p, (__m512i)v); }
 INLINE F splat(float v) { return _mm512_set1_ps(v); }
@@ -84,7 +83,6 @@ typedef int32_t I __attribute__((vector_size(32)));
 typedef I M;  // all bits of a lane, or none
 
 INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
-INLINE I load(const int32_t* p) { return (I)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 INLINE void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)v); }
 INLINE F splat(float v) { return _mm256_set1_ps(v); }
@@ -147,7 +145,6 @@ typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef I M;  // all bits of a lane, or none
 
 INLINE F load(const float* p) { F v; __builtin_memcpy(&v, p, sizeof v); return v; }
-INLINE I load(const int32_t* p) { I v; __builtin_memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE void store(int32_t* p, I v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE F splat(float v) { return F{v, v, v, v}; }

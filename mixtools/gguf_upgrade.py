@@ -18,7 +18,6 @@ from .names import Role, Slot
 from .storage import plan
 from .storage.casting import cast
 from .storage.dtypes import DType
-from .storage.gguf_values import Metadata
 from .storage.output import Output, Region
 from .storage.plan_gguf import gguf_files
 from .storage.store import CHUNK, Bits
@@ -34,7 +33,7 @@ def plan_upgrade(source: Checkpoint, stem: str, max_shard_bytes: int | None = No
             file=source.place,
         )
     tensors = _tensors(source)
-    target = gguf_files(stem, _kept(source.gguf.metadata), list(tensors.values()), max_shard_bytes)
+    target = gguf_files(stem, source.gguf.metadata, list(tensors.values()), max_shard_bytes)
 
     def unit(slot: Slot) -> Unit:
         piece = GGUF.piece(slot, source.config)
@@ -42,24 +41,24 @@ def plan_upgrade(source: Checkpoint, stem: str, max_shard_bytes: int | None = No
         return Unit((Region(piece.name, start),), lambda _: [_rows(source, slot)], (slot,))
 
     def units(_: Output) -> list[Unit]:
-        return [unit(slot) for slot in source.slots() if not (source.tied and slot.role is Role.HEAD)]
+        return [unit(slot) for slot in _slots(source)]
 
+    record = {"layout": GGUF.name, "options": {"upgrade": stem}}
     return Job(
-        inputs_of(source), target, units, {"layout": GGUF.name, "options": {"upgrade": stem}}, {}, {}, notes=source.remarks,
+        inputs_of(source), target, units, record, {}, {}, notes=source.remarks,
         title=GGUF.title, label="upgrading", shared=True, worker_bytes=2 * CHUNK,
     )  # fmt: skip
 
 
-def _kept(metadata: Metadata) -> Metadata:
-    return {key: value for key, value in metadata.items() if not key.startswith("split.")}
+def _slots(source: Checkpoint) -> Iterator[Slot]:
+    """Those that have a tensor of their own."""
+    return (slot for slot in source.slots() if not (source.tied and slot.role is Role.HEAD))
 
 
 def _tensors(source: Checkpoint) -> dict[str, plan.Shape]:
     found: dict[str, plan.Shape] = {}
     types: dict[str, dict[DType, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for slot in source.slots():
-        if source.tied and slot.role is Role.HEAD:
-            continue
+    for slot in _slots(source):
         piece, entry = GGUF.piece(slot, source.config), source.entry(slot)
         types[piece.name][entry.dtype].append(entry.name)
         found[piece.name] = (piece.name, _target(slot, entry.dtype), piece.shape)

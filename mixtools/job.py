@@ -81,19 +81,17 @@ class Fan(NamedTuple):
         return any(region not in output.done for output, region, _ in self.targets)
 
     def write(self) -> Iterator[int]:
-        """Bytes as they are written; a region counts when it is whole."""
+        """Bytes as they are written."""
         pending = [target for target in self.targets if target.region not in target.output.done]
         writings = [output.begin(region) for output, region, _ in pending]
         for block in self.blocks():
-            for writing, target in zip(writings, pending, strict=True):
-                writing.write(target.encode(block))
-            yield 0
+            yield sum(writing.write(target.encode(block)) for writing, target in zip(writings, pending, strict=True))
         for writing in writings:
-            yield writing.finish()
+            writing.finish()
 
 
-class Bound(NamedTuple):
-    """A unit with the one output that it writes."""
+class UnitOf(NamedTuple):
+    """A unit of the one output that it writes."""
 
     unit: Unit
     output: Output
@@ -111,9 +109,11 @@ class Bound(NamedTuple):
                 continue
             writing = self.output.begin(region)
             for block in blocks:
-                writing.write(block)
-                yield 0
-            yield writing.finish()
+                yield writing.write(block)
+            writing.finish()
+
+
+Task = UnitOf | Fan
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ def run(job: Job, folder: Path, how: Run | None = None) -> dict[str, Any]:
     `folder`/.mixtools, and the same call continues it to the same bytes.
     """
     return run_together(
-        [job], folder, lambda outputs: [Bound(unit, outputs[0]) for unit in job.units(outputs[0])], how
+        [job], folder, lambda outputs: [UnitOf(unit, outputs[0]) for unit in job.units(outputs[0])], how
     )[0]
 
 
 def run_together(
-    jobs: Sequence[Job], folder: Path, tasks: Callable[[Sequence[Output]], Sequence[Bound | Fan]],
+    jobs: Sequence[Job], folder: Path, tasks: Callable[[Sequence[Output]], Sequence[Task]],
     how: Run | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """As `run`, of jobs with the same inputs in one folder; `tasks`, from their outputs, writes all of them."""
@@ -227,8 +227,7 @@ def _open(job: Job, folder: Path, how: Run, reserved: int) -> Output:
 
 def _commit(job: Job, output: Output) -> None:
     report = job.report(output) if job.report else {}
-    origin = {"mixtools": __version__, **job.record, "source": job.inputs.about}
-    checksums = output.checksums()
+    origin, checksums = _origin(job), output.checksums()
 
     def record(files: Mapping[str, manifest.File]) -> bytes:
         if job.shared:
@@ -236,6 +235,11 @@ def _commit(job: Job, output: Output) -> None:
         return manifest.encode(origin, files, checksums)
 
     output.commit({**job.documents, **report, **_enclosed(job)}, job.last, record)
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    """What the manifest tells of how it was made."""
+    return {"mixtools": __version__, **job.record, "source": job.inputs.about}
 
 
 def _enclosed(job: Job) -> Mapping[str, bytes]:
@@ -249,7 +253,7 @@ def is_made(job: Job, folder: Path) -> bool:
         return False
     document = manifest.load(folder) if folder.is_dir() else None
     entry = (document or {}).get(manifest.OUTPUTS, {}).get(job.plan.files[0].name)
-    wanted = json.loads(json.dumps({"mixtools": __version__, **job.record, "source": job.inputs.about}))
+    wanted = json.loads(json.dumps(_origin(job)))
     if entry is None or any(entry.get(key) != value for key, value in wanted.items()):
         return False
     paths = [folder / file.name for file in job.plan.files]
@@ -300,11 +304,11 @@ def lost(missing: Sequence[str], not_kept: Sequence[str]) -> Iterator[str]:
         yield f"note: the output cannot hold {', '.join(not_kept)}"
 
 
-def write_tasks(tasks: Iterable[Bound | Fan], how: Run) -> None:
+def write_tasks(tasks: Iterable[Task], how: Run) -> None:
     """Those that are not yet written, on `jobs` threads, begun in order; the first error stops them all."""
     stop = threading.Event()
 
-    def one(task: Bound | Fan) -> None:
+    def one(task: Task) -> None:
         if stop.is_set() or not task.is_pending():
             return
         for written in task.write():

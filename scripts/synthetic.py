@@ -214,7 +214,7 @@ def write(
     with Output(folder, plan, key, overwrite=how.overwrite, resume=how.resume) as output:
         how.progress.start("generating", sum(tensor.nbytes for tensor in plan.tensors.values()))
         how.progress.advance(output.done_bytes)
-        job.write_tasks([job.Bound(unit, output) for unit in units], how)
+        job.write_tasks([job.UnitOf(unit, output) for unit in units], how)
         how.progress.finish()
         output.commit(documents, _configuration(model.config, layout, dtype))
     if layout is SPLIT:

@@ -47,8 +47,7 @@ def reordered(
 
 def rows(tensor: Tensor) -> Tensor:
     """The rows that a fingerprint is made of, [3, columns] in fp32, each of length 1."""
-    chosen = tensor[[0, len(tensor) // 2, len(tensor) - 1]].float()
-    return torch.nn.functional.normalize(chosen, dim=1)
+    return torch.nn.functional.normalize(_some(tensor).float(), dim=1)
 
 
 def nearest(found: Tensor, among: Mapping[Slot, Tensor]) -> Slot | None:
@@ -61,5 +60,10 @@ def nearest(found: Tensor, among: Mapping[Slot, Tensor]) -> Slot | None:
 def fingerprint(tensor: Tensor) -> bytes:
     """Of some rows and the shape: enough to recognise a tensor among a model's, to be confirmed in full."""
     rows = tensor if tensor.ndim > 1 else tensor[None]
-    chosen = rows[[0, len(rows) // 2, len(rows) - 1]].contiguous()
+    chosen = _some(rows).contiguous()
     return hashlib.blake2b(chosen.view(torch.uint8).numpy().data, person=str(len(rows)).encode()).digest()
+
+
+def _some(matrix: Tensor) -> Tensor:
+    """Its first, middle and last row."""
+    return matrix[[0, len(matrix) // 2, len(matrix) - 1]]

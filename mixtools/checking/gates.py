@@ -11,10 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..storage import manifest
+
+if TYPE_CHECKING:
+    from ..layouts.checkpoint import Checkpoint
 
 AT_LEAST = frozenset({"same_top", "teacher_forced_agreement", "identical"})
 NAMES = {
@@ -96,11 +99,17 @@ def kind_of(checkpoint: object, folder: Path) -> str:
     return _method(folder) or ("laser" if (folder / "laser-report.json").is_file() else "dense")
 
 
+def was_quantized(output: Checkpoint) -> bool:
+    """Whether its manifest tells that `quantize` made its blocks: even of such a source they are others then."""
+    told = manifest.load(output.folder)
+    return told is not None and "quantize" in manifest.of_output(told, output.place.name)
+
+
 def _method(folder: Path) -> str | None:
     """A method's job tells its options in the manifest, under its name."""
     try:
         told = json.loads((folder / manifest.NAME).read_text("utf-8"))
-        return next((str(name) for name in told if name not in manifest.KEYS), None)
+        return next((str(name) for name in told if name not in (*manifest.KEYS, manifest.OUTPUTS)), None)
     except (OSError, ValueError, TypeError):
         return None  # a manifest is no condition; a damaged one is reported where it is read
 

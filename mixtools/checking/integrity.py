@@ -240,13 +240,14 @@ def _misplaced(
     """Does the output hold another of the source's tensors there? `other` looks like it; `rows`: some of each."""
     from . import faults
 
-    if other is None and (found.relative_error < _UNRELATED or found.slot not in rows):
+    theirs, near = output.read(found.slot), other is None
+    if near and found.relative_error > _UNRELATED and found.slot in rows:
+        other = faults.nearest(faults.rows(theirs), rows)
+    if other is None or other == found.slot:
         return found
-    theirs = output.read(found.slot)
-    if other is None and (other := faults.nearest(faults.rows(theirs), rows)) is not None:
-        if other == found.slot or relative_error(source.read(other), theirs) > found.relative_error / 2:
-            return found
-    elif other is None or other == found.slot or not same_bits(source.read(other).to(theirs.dtype), theirs):
+    ours = source.read(other)
+    same = relative_error(ours, theirs) < found.relative_error / 2 if near else same_bits(ours.to(theirs.dtype), theirs)
+    if not same:
         return found
     return Difference(found.slot, found.relative_error, f"holds the source's {other}")
 

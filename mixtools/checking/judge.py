@@ -102,8 +102,8 @@ def run(
     if source.problems:
         raise source.problems[0]
     kind = gates.kind_of(output, output.folder)
-    if output.quantization is not None and output.quantization == source.quantization:
-        kind = "dense"  # the same blocks in another file: what they stand for must not change
+    if kind == source.quantization and not gates.was_quantized(output):
+        kind = "dense"  # the same blocks laid out anew: what they stand for must not change
     limits = gates.choose(kind, options.gates, _measured(options))
     text = _prepare(source, output, options) if options.text or options.prompts else None
     check = Check({})

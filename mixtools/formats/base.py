@@ -72,8 +72,8 @@ class Format(Protocol):
 class ByRows(Protocol):
     """A format of one part, each row of which is by itself a row of the matrix: read and decoded in runs of rows."""
 
-    def decode_rows(self, bits: Bits, out: Bits | None = None) -> Bits:
-        """Stored rows [rows, words] as dense ones [rows, columns] in the format's `dtype`, or into `out`."""
+    def decode_rows(self, bits: Bits) -> Bits:
+        """Stored rows [rows, words] as dense ones [rows, columns] in the format's `dtype`."""
         ...
 
 

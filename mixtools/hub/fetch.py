@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import HubError, InputError, LayoutError
-from ..layouts.families import ADAPTER_CONFIG, FAMILIES, adapter_error, any_of, family_files, find
+from ..layouts.families import ADAPTER_CONFIG, FAMILIES, adapter_error, family_files, find
 from ..layouts.gguf_files import files_of, is_gguf, only_gguf, parts_among
 from . import cache
 
@@ -85,9 +85,10 @@ def _cached(repository: str, revision: str, name: str, gguf: str | None, why: st
         folder = cache.snapshot(root, revision or "main")
         if folder is None:
             raise HubError(f"{why}; and the cache {root.parent} has no copy", file=name)
-        if gguf is not None or (is_gguf(folder) and not any_of(folder)):
-            files_of(folder / gguf if gguf else folder)
-            return folder / gguf if gguf else folder
+        place = folder / gguf if gguf else folder
+        if is_gguf(place):
+            files_of(place)
+            return place
         found = find(folder)
         for file in (found.family.config, *found.names):
             if not (folder / file).is_file():

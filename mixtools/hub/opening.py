@@ -30,7 +30,7 @@ def found(name: str | Path) -> fetch.Located:
     if path.exists():
         return fetch.Located(cache.newest(path) if cache.is_repository(path) else path)
     hub_name = re.fullmatch(rf"({_WORD}/{_WORD})(?:/((?:{_WORD}/)*{_WORD}\.gguf))?(?:@([\w./-]+))?", str(name))
-    if hub_name and not path.is_symlink() and not path.parent.exists():
+    if hub_name and not path.is_symlink() and not Path(hub_name[1]).parent.exists():
         return fetch.snapshot(hub_name[1], hub_name[3] or "", hub_name[2])
     raise InputError(missing(path, "does not exist"), file=str(name))
 

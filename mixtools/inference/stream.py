@@ -26,7 +26,7 @@ from ..layouts.reader import Reader, Spec
 from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
-from ..storage.store import Bits
+from ..storage.store import Bits, from_tensor
 from . import budget
 from .attention import Span, span
 from .model import Embedding, Head, Layer, Observer, copy
@@ -303,8 +303,7 @@ def _fill(layer: Layer, reader: Reader, slot: Slot) -> None:
     if spec.dtype.torch() != weight.dtype:
         weight.copy_(reader.read(slot))
         return
-    words = weight.view(getattr(torch, f"int{8 * spec.dtype.itemsize}")).numpy()
-    reader.fill(slot, words.view(f"u{spec.dtype.itemsize}").reshape(-1, weight.shape[-1]))
+    reader.fill(slot, from_tensor(weight))  # its bits are shared
 
 
 def _remarks(plan: Plan, states: States) -> list[str]:

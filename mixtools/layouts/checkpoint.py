@@ -86,10 +86,8 @@ class Checkpoint:
         name, _, start, stop, op = self.piece(slot)
         entry = self.store.entries[name]
         row_bytes = format.dtype.row_bytes(entry.shape[-1])
-        asked, granule = (
-            granule,
-            math.lcm(granule, self.layout.granule(slot, self.config)),
-        )  # lcm with 0, the whole, is 0
+        asked = granule
+        granule = math.lcm(granule, self.layout.granule(slot, self.config))  # with 0, the whole, it is 0
         if entry.strides is not None:
             granule = 0
         step = stop - start
@@ -100,7 +98,7 @@ class Checkpoint:
             end = min(at + step, stop)
             bits = format.decode_rows(self.store.read_rows(name, at, end, out=buffer[: end - at]))
             if op is Op.TRANSPOSE:  # from memory, in strips: a second whole would cost more than their narrow reads
-                for part in _parts(bits.shape[1], bits.shape[0] * entry.dtype.itemsize, _STRIP * max_bytes, asked):
+                for part in _parts(bits.shape[1], bits.shape[0] * format.dtype.itemsize, _STRIP * max_bytes, asked):
                     yield to_canonical(op, bits[:, part], self.config.head_dim)
             else:
                 yield to_canonical(op, bits, self.config.head_dim)

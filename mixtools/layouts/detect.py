@@ -14,7 +14,7 @@ from ..storage import lfs, manifest
 from ..storage.source import Source, missing
 from ..storage.store import Entry, Store, by_name
 from .checkpoint import Checkpoint, find_problems
-from .families import ADAPTER_CONFIG, Family, Found, any_of, find
+from .families import ADAPTER_CONFIG, Family, Found, find
 from .gguf_files import is_gguf, open_gguf
 from .torrent import SPLIT
 from .variants import layout_of, tie
@@ -30,7 +30,7 @@ def open_checkpoint(path: Path, *, strict: bool = True, remarks: tuple[str, ...]
     Without it, missing, unknown and misshapen tensors are listed in `problems` instead. `remarks`: what is known of
     the path already, told before what is found here.
     """
-    if path.suffix == ".gguf" or (is_gguf(path) and not any_of(path)):
+    if is_gguf(path):
         return open_gguf(path, strict=strict, remarks=remarks)
     found = find(path)
     folder, family = found.folder, found.family

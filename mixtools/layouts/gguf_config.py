@@ -33,13 +33,12 @@ _SIZES = {
 }
 _OPTIONAL = ("num_key_value_heads",)
 _THETA = 10000.0  # what llama.cpp takes where the key is missing
-_FILE_TYPES = {  # llama_ftype of include/llama.h
+FILE_TYPES: Mapping[str, int] = {  # llama_ftype of include/llama.h
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12,
     "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20,
     "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28,
     "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "MXFP4_MOE": 38,
 }  # fmt: skip
-FILE_TYPES: Mapping[str, int] = _FILE_TYPES
 
 
 def file_type_name(number: object) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..config import from_document
@@ -15,9 +14,11 @@ from ..errors import FormatError, InputError, LayoutError, MixtoolsError
 from ..names import Role
 from ..storage import gguf, manifest
 from ..storage.gguf_values import Metadata
+from ..storage.plan_gguf import COUNT, NUMBER, TENSORS
 from ..storage.source import Source, missing
 from ..storage.store import Entry, Store, by_name
 from .checkpoint import Checkpoint, find_problems
+from .families import any_of
 from .gguf import GGUF, GGUF_2023, About
 from .gguf_config import IMATRIX, document, expect_mixtral, text
 from .variants import is_stored
@@ -26,11 +27,14 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the path is a GGUF file, or a folder that holds some; not of what cannot be looked into."""
+    """Whether the path is a GGUF file, or a folder that holds some and no weights of another family.
+
+    Not of what cannot be looked into.
+    """
     if path.suffix == ".gguf":
         return True
     try:
-        return any(_is_file(one) for one in path.iterdir())
+        return any(_is_file(one) for one in path.iterdir()) and not any_of(path)
     except OSError:
         return False
 
@@ -56,42 +60,41 @@ def files_of(path: Path) -> list[Path]:
             raise InputError(missing(path, "does not exist"), file=path)
         match = _PART.fullmatch(path.name)
         return _parts(path.parent, match["stem"], int(match["count"])) if match else [path]
-    groups: dict[tuple[str, str], Path] = {}
-    for file in sorted(path.iterdir()):
-        if _is_file(file):
-            match = _PART.fullmatch(file.name)
-            groups.setdefault((stem_of(file), match["count"] if match else ""), file)
-    models = [file for file in groups.values() if not _is_imatrix(file)] if len(groups) > 1 else [*groups.values()]
-    if len(models) != 1:
-        names = ", ".join(file.name for file in models or groups.values())
-        raise LayoutError(f"holds {len(models) or len(groups)} GGUF files; name the one you mean: {names}", file=path)
+    groups = _models(one.name for one in path.iterdir() if _is_file(one))
+    models = [path / names[0] for names in groups]
+    if len(models) > 1:
+        models = [file for file in models if not is_importance(file)] or models
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise LayoutError(f"holds {len(models)} GGUF files; name the one you mean: {names}", file=path)
     return files_of(models[0])
+
+
+def _models(names: Iterable[str]) -> list[list[str]]:
+    """Names of GGUF files, the parts of a split one together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(names):
+        match = _PART.fullmatch(name)
+        groups.setdefault((match["stem"], match["count"]) if match else (name, ""), []).append(name)
+    return [*groups.values()]
 
 
 def only_gguf(names: Iterable[str], place: str) -> list[str]:
     """Of GGUF files' names those of the one model that they are. Raises LayoutError for several, with their names."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(names):
-        match = _PART.fullmatch(name)
-        groups.setdefault(f"{match['stem']} {match['count']}" if match else name, []).append(name)
+    groups = _models(names)
     if len(groups) > 1:
-        firsts = [group[0] for group in groups.values()]
+        firsts = [group[0] for group in groups]
         why = f"holds {len(firsts)} GGUF files; name the one you mean, {place}/{firsts[0]}: {', '.join(firsts)}"
         raise LayoutError(why, file=place)
-    return next(iter(groups.values()))
+    return groups[0]
 
 
 def parts_among(names: Iterable[str], wanted: str, place: str) -> list[str]:
     """The file of this name, or all parts of it that there are. Raises LayoutError where it is not there."""
-    names = sorted(names)
+    names = [name for name in names if name.endswith(".gguf")]
     if wanted not in names:
-        there = ", ".join(name for name in names if name.endswith(".gguf")) or "no GGUF"
-        raise LayoutError(f"has no {wanted}; there is {there}", file=place)
-    match = _PART.fullmatch(wanted)
-    if match is None:
-        return [wanted]
-    parts = (_PART.fullmatch(name) for name in names)
-    return [part[0] for part in parts if part and (part["stem"], part["count"]) == (match["stem"], match["count"])]
+        raise LayoutError(f"has no {wanted}; there is {', '.join(sorted(names)) or 'no GGUF'}", file=place)
+    return next(group for group in _models(names) if wanted in group)
 
 
 def _parts(folder: Path, stem: str, count: int) -> list[Path]:
@@ -102,8 +105,15 @@ def _parts(folder: Path, stem: str, count: int) -> list[Path]:
     return files
 
 
-def _is_imatrix(file: Path) -> bool:
-    return text(gguf.read_header(Source(file)).metadata, "general.type") == IMATRIX
+def is_importance(file: Path) -> bool:
+    """Whether a file says that it is an importance matrix, in the GGUF form; what it holds is not looked at."""
+    source = Source(file)
+    try:
+        return text(gguf.read_header(source).metadata, "general.type") == IMATRIX
+    except MixtoolsError:
+        return False
+    finally:
+        source.close()
 
 
 def open_gguf(path: Path, *, strict: bool = True, remarks: tuple[str, ...] = ()) -> Checkpoint:
@@ -138,23 +148,22 @@ def _collect(headers: Iterable[gguf.Header]) -> list[Entry]:
         for entry in header.entries:
             if (other := entries.get(entry.name)) is not None:
                 raise FormatError(f"stands also in {other.source.label}", file=entry.source.label, tensor=entry.name)
-            entries[entry.name] = replace(entry)
+            entries[entry.name] = entry
     return [*entries.values()]
 
 
 def _expect_one_model(files: Sequence[Path], headers: Sequence[gguf.Header]) -> None:
     """Parts that belong together. Raises LayoutError, with the file that does not, as far as one can be told."""
-    total = "split.tensors.count"
-    told = headers[0].metadata[total].value if total in headers[0].metadata else "none"
+    told = headers[0].metadata[TENSORS].value if TENSORS in headers[0].metadata else "none"
     for number, (file, header) in enumerate(zip(files, headers, strict=True)):
-        for key, wanted in (("split.no", number), ("split.count", len(files)), (total, told)):
+        for key, wanted in ((NUMBER, number), (COUNT, len(files)), (TENSORS, told)):
             found = header.metadata[key].value if key in header.metadata else "none"
             if found != wanted:
                 why = f"is not a part of the model that {files[0].name} begins ({key})"
                 raise LayoutError(why, file=file, expected=wanted, found=found)
         _expect_same(headers[0].metadata, header.metadata, file)
     if (tensors := sum(len(header.entries) for header in headers)) != told:
-        why = f"tells of other tensors than its parts hold; one of {len(files)} is another model's ({total})"
+        why = f"tells of other tensors than its parts hold; one of {len(files)} is another model's ({TENSORS})"
         raise LayoutError(why, file=files[0], expected=told, found=tensors)
 
 

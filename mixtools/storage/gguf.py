@@ -65,13 +65,12 @@ class Header:
     alignment: int
 
 
-def read_header(source: Source, *, arrays: bool = True) -> Header:
+def read_header(source: Source) -> Header:
     """The metadata and the tensors of one file; shapes are row-major, so the format's own dimensions reversed.
 
-    Without `arrays` the arrays, vocabularies above all, are left out of the metadata. Strings that are no UTF-8 keep
-    their bytes as Python's surrogateescape does. Holes between tensors and bytes behind the last are let be: nothing
-    reads them, and writers differ in whether the last tensor is padded. Raises FormatError for every other violation
-    of the format, naming the key or the tensor where there is one.
+    Strings that are no UTF-8 keep their bytes as Python's surrogateescape does. Holes between tensors and bytes behind
+    the last are let be: nothing reads them, and writers differ in whether the last tensor is padded. Raises FormatError
+    for every other violation of the format, naming the key or the tensor where there is one.
     """
     cursor = Cursor(source)
     version = _version(cursor)
@@ -85,8 +84,6 @@ def read_header(source: Source, *, arrays: bool = True) -> Header:
             raise cursor.refuse(f"claims {count} {what}, which no model needs")
     metadata = _read_metadata(cursor, count_keys)
     alignment = alignment_of(metadata, source.label)
-    if not arrays:
-        metadata = {key: value for key, value in metadata.items() if value.kind is not Kind.ARRAY}
     records = [_read_tensor(cursor) for _ in range(count_tensors)]
     start = padded(cursor.at, alignment)
     entries = [Entry(name, dtype, shape, source, start + offset) for name, dtype, shape, offset in records]
@@ -96,21 +93,16 @@ def read_header(source: Source, *, arrays: bool = True) -> Header:
 
 
 def encode_header(
-    metadata: Metadata, tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int = _DEFAULT_ALIGNMENT
+    metadata: Metadata, tensors: Sequence[tuple[str, DType, tuple[int, ...]]]
 ) -> tuple[bytes, tuple[int, ...]]:
-    """The header, padded to the alignment, and where each tensor's bytes start in the file.
+    """The header, padded to the metadata's alignment, and where each tensor's bytes start in the file.
 
-    An alignment other than 32 is added to the metadata unless it stands there. Raises FormatError for what the format
-    cannot hold, and for metadata that tell of another alignment.
+    Raises FormatError for what the format cannot hold.
     """
     check_tensors(tensors)
-    told = dict(metadata)
-    if alignment != _DEFAULT_ALIGNMENT:
-        told.setdefault(ALIGNMENT, uint32(alignment))
-    if (found := alignment_of(told)) != alignment:
-        raise FormatError(f"{ALIGNMENT} differs from the alignment asked for", expected=alignment, found=found)
-    head = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(told)))
-    for key, value in told.items():
+    alignment = alignment_of(metadata)
+    head = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
+    for key, value in metadata.items():
         head += _encode_key(key) + struct.pack("<I", value.kind) + _encode_value(key, value)
     offset, offsets = 0, []
     for name, dtype, shape in tensors:

@@ -12,22 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ChecksumError, FormatError, InputError
+from ..errors import ChecksumError, FormatError, InputError, OutputExists
 from .store import Entry, Record
 
 NAME = "mixtools.json"
 MAX_BYTES = 16 << 20
 OUTPUTS = "outputs"  # of a folder that several share: an entry for each
-KEYS = (
-    "mixtools",
-    "layout",
-    "options",
-    "source",
-    "files",
-    "crc32",
-    "method",
-    OUTPUTS,
-)  # of every output; others are a method's
+KEYS = ("mixtools", "layout", "options", "source", "files", "crc32", "method")  # of every output; others are a method's
 
 
 class File(NamedTuple):
@@ -48,12 +39,12 @@ def encode_beside(
 ) -> bytes:
     """The document of a folder that several outputs share, with this one, named for its first file, beside the others.
 
-    Raises FormatError as `load` does.
+    Raises as `load` does, and OutputExists where the folder has become an output by itself.
     """
-    others: dict[str, Any] = {}
-    if load(folder) is not None:
-        others = json.loads((folder / NAME).read_text("utf-8"))[OUTPUTS]
-    others = {name: entry for name, entry in others.items() if entry["files"].keys().isdisjoint(files)}
+    if not is_shared(folder) and _document(folder) is not None:
+        raise OutputExists("is an output of mixtools by itself; name another folder", file=folder)
+    entries = (_document(folder) or {}).get(OUTPUTS, {}).items()
+    others = {name: entry for name, entry in entries if entry["files"].keys().isdisjoint(files)}
     others[min(files)] = _entry(origin, files, tensors)
     return _text({OUTPUTS: dict(sorted(others.items()))})
 
@@ -76,22 +67,41 @@ def load(folder: Path) -> dict[str, Any] | None:
     Of a folder that several outputs share, `outputs` has these of each, and `files` are those of all. Raises
     FormatError if it is not one of ours, InputError if it cannot be read.
     """
+    document = _document(folder)
+    if document is None:
+        return None
+    try:
+        if OUTPUTS not in document:
+            return _read(document)
+        outputs = {name: _read(entry) for name, entry in document[OUTPUTS].items()}
+        together = {name: file for entry in outputs.values() for name, file in entry["files"].items()}
+        return {OUTPUTS: outputs, "files": together, "crc32": {}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether several outputs share the folder. Raises as `load` does."""
+    return OUTPUTS in (_document(folder) or {})
+
+
+def _document(folder: Path) -> dict[str, Any] | None:
+    """As it lies there."""
     path = folder / NAME
     try:
         if not path.exists():
             return None
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise FormatError(f"is no file of at most {MAX_BYTES} bytes", file=path)
-        document = json.loads(path.read_text("utf-8"))
-        if OUTPUTS not in document:
-            return _read(document)
-        outputs = {name: _read(entry) for name, entry in document[OUTPUTS].items()}
-        together = {name: file for entry in outputs.values() for name, file in entry["files"].items()}
-        return {OUTPUTS: outputs, "files": together, "crc32": {}}
+        return dict(json.loads(path.read_text("utf-8")))
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"is not a manifest of mixtools ({error}); delete it to read on without", file=path) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> FormatError:
+    return FormatError(f"is not a manifest of mixtools ({error}); delete it to read on without", file=folder / NAME)
 
 
 def _read(document: Any) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Writing:
         self._output, self._region, self._part, self._start = output, region, part, start
         self._at, self._crc = start, 0
 
-    def write(self, block: Bits) -> None:
-        """The bytes that follow. Raises DiskError."""
+    def write(self, block: Bits) -> int:
+        """The bytes that follow; how many they are. Raises DiskError."""
         view = as_bytes(block)
         for low in range(0, len(view), CHUNK):
             chunk = view[low : low + CHUNK]
@@ -59,6 +59,7 @@ class Writing:
             with DiskErrors(self._output.folder):
                 self._part.write(chunk, self._at)
             self._at += len(chunk)
+        return len(view)
 
     def finish(self) -> int:
         """Nothing follows; returns how many bytes there were. Raises DiskError."""
@@ -177,13 +178,14 @@ class Output:
         `record` gives the manifest, behind the documents, from what was written. Raises OutputError if a tensor was not
         written, DiskError if the disk is full, InputError for a document that cannot be copied.
         """
-        with DiskErrors(self.folder), self.place.listing():
+        with DiskErrors(self.folder):
             files = self._seal()
+        with DiskErrors(self.folder), self.place.listing():
             after = {**last, **self.plan.index}
-            written = {name: self._place(name, document) for name, document in {**documents, **after}.items()}
+            written = {name: self._write_document(name, document) for name, document in {**documents, **after}.items()}
             small = list(documents)
             if record is not None:
-                self._place(manifest.NAME, record({**files, **written}))
+                self._write_document(manifest.NAME, record({**files, **written}))
                 small.append(manifest.NAME)
             disk.sync_folder(self.work)
             names = [*files, *small, *after]
@@ -208,7 +210,7 @@ class Output:
             disk.sync_folder(self.folder)
             disk.sync_folder(self.folder.parent)
 
-    def _place(self, name: str, document: Document) -> manifest.File:
+    def _write_document(self, name: str, document: Document) -> manifest.File:
         """Write a document into the work folder, for good."""
         target = self.work / name
         target.parent.mkdir(exist_ok=True, parents=True)
@@ -219,7 +221,7 @@ class Output:
             data = document.read_bytes()
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", file=document) from None
-        return self._place(name, data)._replace(copied=True)
+        return self._write_document(name, data)._replace(copied=True)
 
     def _seal(self) -> dict[str, manifest.File]:
         """Complete the weight files; size and digest of each."""
@@ -269,7 +271,7 @@ class Output:
                 digest = self._digests[file.name] = Digest(handle, self._hasher)
                 digest.wrote(0, len(file.head))
                 for start, end in _holes(self.plan, file):
-                    write_all(handle, memoryview(bytes(end - start)), start)
+                    write_all(handle, memoryview(bytes(end - start)), start)  # of a part that a crash left, who knows
                     digest.wrote(start, end)
             self._parts[file.name] = WriteBehind(handle, digest)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

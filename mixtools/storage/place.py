@@ -23,6 +23,7 @@ from .replacing import WORK, Stamp
 JOURNAL = "journal.jsonl"
 FINDINGS = "findings.jsonl"  # of a run that had to look before it could plan: findings.py
 LOCK = "lock"
+LISTING = f"{WORK}.lock"  # in the folder itself, while an output is listed in its manifest
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Place:
         listed: Collection[str] = ()
         try:
             if (document := manifest.load(self.folder)) is not None:
-                if not document.get(manifest.OUTPUTS):
+                if manifest.OUTPUTS not in document:
                     raise OutputExists("is an output of mixtools by itself; name another folder", file=self.folder)
                 listed = document["files"]
         except FormatError as error:
@@ -121,11 +122,17 @@ class Place:
         if not self.files:
             yield
             return
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        path = self.folder / LISTING
+        while True:  # a file, since a folder cannot be locked on every kind of disk
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+                break
+            os.close(handle)  # whoever held it took it away
+        try:
             yield
         finally:
+            path.unlink(missing_ok=True)
             os.close(handle)
 
     def forget(self) -> None:

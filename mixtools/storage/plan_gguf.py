@@ -9,7 +9,7 @@ from . import gguf
 from .gguf_values import Kind, Metadata, Value
 from .plan import FilePlan, Plan, Shape, TensorPlan, divide
 
-_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 _MAX_PARTS = 65_535  # split.count has 16 bits
 
 
@@ -21,7 +21,7 @@ def gguf_files(name: str, metadata: Metadata, tensors: Sequence[Shape], max_shar
     for parts too small or too many.
     """
     gguf.check_tensors(tensors)
-    own = {key: value for key, value in metadata.items() if key not in (_NUMBER, _COUNT, _TENSORS)}
+    own = {key: value for key, value in metadata.items() if key not in (NUMBER, COUNT, TENSORS)}
     parts = {f"{name}.gguf": list(tensors)}
     if max_shard_bytes is not None:
         parts = divide(name, "gguf", tensors, max_shard_bytes)
@@ -31,11 +31,11 @@ def gguf_files(name: str, metadata: Metadata, tensors: Sequence[Shape], max_shar
     for number, (file, part) in enumerate(parts.items()):
         told = dict(own) if number == 0 else {}
         if len(parts) > 1:
-            told[_NUMBER] = Value(Kind.UINT16, number)
-            told[_COUNT] = Value(Kind.UINT16, len(parts))
-            told[_TENSORS] = Value(Kind.INT32, len(tensors))
+            told[NUMBER] = Value(Kind.UINT16, number)
+            told[COUNT] = Value(Kind.UINT16, len(parts))
+            told[TENSORS] = Value(Kind.INT32, len(tensors))
         alignment = gguf.alignment_of(told)
-        head, offsets = gguf.encode_header(told, part, alignment)
+        head, offsets = gguf.encode_header(told, part)
         size = len(head)
         for (tensor, dtype, shape), offset in zip(part, offsets, strict=True):
             placed[tensor] = TensorPlan(tensor, dtype, shape, file, offset)

@@ -45,8 +45,10 @@ class Stamp(NamedTuple):
 
 
 def expect_output(folder: Path) -> None:
-    """Raises OutputExists unless the folder holds an output of mixtools."""
+    """Raises OutputExists unless the folder is one output of mixtools, and not several that share it."""
     _listed(folder)
+    if manifest.is_shared(folder):
+        raise OutputExists("holds outputs of mixtools that are files by themselves; name another folder", file=folder)
 
 
 def replaceable(folder: Path, names: Iterable[str], progress: Progress | None = None) -> dict[str, Stamp]:
@@ -62,9 +64,11 @@ def replaceable(folder: Path, names: Iterable[str], progress: Progress | None = 
 
 
 def unchanged(folder: Path, names: Iterable[str], progress: Progress) -> dict[str, Stamp]:
-    """These files of outputs in the folder, every byte of which is read. Raises OutputExists where one was changed."""
+    """These files, which are there, every byte of which is read. Raises OutputExists where one was changed."""
     found = _unchanged(folder, _listed(folder), names, progress)
-    expect_not_in_the_way(folder, found, names)
+    if changed := sorted({*names} - found.keys()):
+        why = "was changed since mixtools wrote it; move it away, --overwrite leaves it alone"
+        raise OutputExists(why, file=folder / changed[0])
     return found
 
 
@@ -81,14 +85,6 @@ def _unchanged(
             found[name] = stamp
     progress.finish()
     return found
-
-
-def expect_not_in_the_way(folder: Path, ours: Collection[str], names: Iterable[str]) -> None:
-    """Raises OutputExists for a file of a new one's name, `ours` being what may go."""
-    for name in sorted({*names} - {*ours}):
-        if os.path.lexists(folder / name):
-            why = "was changed since mixtools wrote it; move it away, --overwrite leaves it alone"
-            raise OutputExists(why, file=folder / name)
 
 
 def expect_nothing_lost(

@@ -73,9 +73,9 @@ class Memory(Source):
         view[:] = self._raw[offset : offset + len(view)]
 
 
-def read(path: Path, raw: bytes, **how: bool) -> Header:
+def read(path: Path, raw: bytes) -> Header:
     path.write_bytes(raw)
-    return read_header(Source(path), **how)
+    return read_header(Source(path))
 
 
 def data_of(name: str, dtype: DType, shape: Sequence[int]) -> bytes:

@@ -149,16 +149,6 @@ def test_strings_that_are_no_utf8_keep_their_bytes(tmp_path: Path) -> None:
     assert encode_header(metadata, [])[0] == raw + bytes(-len(raw) % 32)
 
 
-def test_without_arrays(tmp_path: Path) -> None:
-    metadata = {"a": array(Kind.STRING, ["x"] * 100), "b": uint32(7), "c": array(Kind.INT32, [1]), "d": string("e")}
-    raw = ggufs.written(gguf_files("x", metadata, ggufs.SHAPES))["x.gguf"]
-    whole, part = ggufs.read(tmp_path / "x", raw), ggufs.read(tmp_path / "x", raw, arrays=False)
-    assert part.metadata == {"b": uint32(7), "d": string("e")}
-    assert [(entry.name, entry.offset) for entry in part.entries] == [
-        (entry.name, entry.offset) for entry in whole.entries
-    ]
-
-
 def test_version_2(tmp_path: Path) -> None:
     """It differs from 3 only in that 3 may be big-endian."""
     raw = ggufs.file([ggufs.pair("a", Kind.UINT8, b"\7")], [ggufs.tensor()], bytes(32), version=2)
@@ -235,7 +225,6 @@ UNWRITABLE: dict[str, tuple[Metadata, list[Shape], str]] = {
     "array of no kind": ({"k": Value(Kind.ARRAY, [1])}, [], "key k: an array needs a kind"),
     "one item too large": ({"k": array(Kind.INT8, [1, 128])}, [], "key k: cannot be stored as int8"),
     "alignment of 24": ({"general.alignment": uint32(24)}, [], "general.alignment is 24"),
-    "alignment differs": ({"general.alignment": uint32(64)}, [], "differs from the alignment asked for"),
     "no dimensions": ({}, [("t", DType.F32, ())], "tensor t: has 0 dimensions"),
     "five dimensions": ({}, [("t", DType.F32, (1,) * 5)], "tensor t: has 5 dimensions"),
     "nothing in it": ({}, [("t", DType.F32, (3, 0))], "tensor t: shape .3, 0. holds nothing"),
@@ -253,12 +242,3 @@ UNWRITABLE: dict[str, tuple[Metadata, list[Shape], str]] = {
 def test_what_cannot_be_written(metadata: Metadata, tensors: list[Shape], why: str) -> None:
     with pytest.raises(errors.FormatError, match=why):
         encode_header(metadata, tensors)
-
-
-def test_an_alignment_is_added_once() -> None:
-    wanted = encode_header({"a": uint32(1), "general.alignment": uint32(64)}, [], 64)
-    assert encode_header({"a": uint32(1)}, [], 64) == wanted
-    with pytest.raises(errors.FormatError, match="expected 128, found 64"):
-        encode_header({"general.alignment": uint32(64)}, [], 128)
-    with pytest.raises(errors.FormatError, match="general.alignment is 48, not a power of two"):
-        encode_header({}, [], 48)

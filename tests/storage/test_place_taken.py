@@ -158,10 +158,12 @@ def test_an_output_of_its_own(tmp_path: Path, overwrite: bool) -> None:
     assert beside.found(tmp_path) == small.expected()
 
 
-def test_a_folder_of_outputs_is_none_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overwrite", "why"), [(False, "not empty"), (True, "files by themselves")])
+def test_a_folder_of_outputs_is_none_of_its_own(tmp_path: Path, overwrite: bool, why: str) -> None:
+    """Replacing it would take every model in it."""
     beside.write(tmp_path, "one")
-    with pytest.raises(errors.OutputExists, match="not empty"):
-        small.write(tmp_path)
+    with pytest.raises(errors.OutputExists, match=why):
+        small.write(tmp_path, overwrite=overwrite)
     assert beside.found(tmp_path) == beside.expected([("one", 0)])
 
 

@@ -207,7 +207,7 @@ def expect_free(path: Path, overwrite: bool) -> None:
     """Raises OutputExists for what is there already, unless it is an importance matrix that may go, and OutputError
     where no file can be written.
     """
-    from .importance import is_importance
+    from ...layouts.gguf_files import is_importance
 
     if os.path.lexists(path):
         if path.is_symlink() or not path.is_file():

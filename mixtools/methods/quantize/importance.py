@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import MixtralConfig
-from ...errors import FormatError, MixtoolsError, TensorError
+from ...errors import FormatError, TensorError
 from ...layouts.gguf import GGUF, GGUF_2023
 from ...layouts.gguf_config import IMATRIX, text
 from ...names import EXPERT
@@ -111,17 +111,6 @@ def read(path: Path) -> Importance:
         if source.size >= len(gguf.MAGIC) and source.read(0, len(gguf.MAGIC)) == gguf.MAGIC:
             return _read_gguf(source, path)
         return _read_dat(source, path)
-    finally:
-        source.close()
-
-
-def is_importance(path: Path) -> bool:
-    """Whether the file says that it is one, in the GGUF form; what it holds is not looked at."""
-    source = Source(path)
-    try:
-        return text(gguf.read_header(source, arrays=False).metadata, "general.type") == IMATRIX
-    except MixtoolsError:
-        return False
     finally:
         source.close()
 

@@ -163,7 +163,8 @@ def _job(source: Checkpoint, file: File, options: Options, shared: Shared) -> Jo
         notes += (f"{len(file.fallbacks)} tensors have rows that are no multiple of their type's blocks: {shown}",)
     record = {"layout": GGUF.name, "options": {"name": options.name}, "quantize": told}
     return Job(
-        inputs_of(source), file.plan, lambda _: (), record, {}, {}, shared.missing, notes=notes, title=f"GGUF {file.mixture.name}", label="quantizing", shared=True,
+        inputs_of(source), file.plan, lambda _: (), record, {}, {}, shared.missing, notes=notes,
+        title=f"GGUF {file.mixture.name}", label="quantizing", shared=True,
         base_bytes=BARE, worker_bytes=worker_bytes(source, GGUF, casts=True) + 2 * CHUNK,
     )  # fmt: skip
 

@@ -18,7 +18,8 @@ from hypothesis import strategies
 from mixtools.config import MixtralConfig
 from mixtools.errors import FormatError, InputError, MixtoolsError, TensorError
 from mixtools.layouts.detect import open_checkpoint
-from mixtools.methods.quantize.importance import Importance, encode, is_importance, read
+from mixtools.layouts.gguf_files import is_importance
+from mixtools.methods.quantize.importance import Importance, encode, read
 
 TESTS = Path(__file__).parents[2]
 GGUF, DAT = TESTS / "golden" / "imatrix-tiny.gguf", TESTS / "golden" / "imatrix-tiny.dat"
