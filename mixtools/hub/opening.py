@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ..errors import InputError
@@ -10,8 +9,7 @@ from ..layouts.checkpoint import Checkpoint
 from ..layouts.detect import open_checkpoint
 from ..storage.source import missing
 from . import cache, fetch
-
-_WORD = r"[\w-][\w.-]*"
+from .names import hub_name
 
 
 def locate(name: str | Path) -> Path:
@@ -29,9 +27,8 @@ def found(name: str | Path) -> fetch.Located:
     path = Path(name)
     if path.exists():
         return fetch.Located(cache.newest(path) if cache.is_repository(path) else path)
-    hub_name = re.fullmatch(rf"({_WORD}/{_WORD})(?:/((?:{_WORD}/)*{_WORD}\.gguf))?(?:@([\w./-]+))?", str(name))
-    if hub_name and not path.is_symlink() and not Path(hub_name[1]).parent.exists():
-        return fetch.snapshot(hub_name[1], hub_name[3] or "", hub_name[2])
+    if (name_there := hub_name(str(name))) is not None and not path.is_symlink():
+        return fetch.snapshot(name_there.repository, name_there.revision, name_there.gguf)
     raise InputError(missing(path, "does not exist"), file=str(name))
 
 

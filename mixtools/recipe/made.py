@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ..errors import RecipeError
+from ..errors import OutputExists, RecipeError
 from ..version import __version__
 from .resolve import Recipe, Step, read
 
@@ -26,22 +27,39 @@ def resolved(recipe: Recipe, steps: Sequence[Step], step: Step, inputs: str) -> 
     return f"# The recipe, as it ran, by which this was made; `mixtools run {NAME}` does it again.\n{text}".encode()
 
 
+def place(out: Path) -> Path:
+    """Where the recipe of an output lies: in its folder, or beside its file."""
+    return out.with_name(f"{out.stem}.{NAME}") if out.suffix == ".gguf" else out / NAME
+
+
+def expect_free(out: Path) -> None:
+    """Raises OutputExists where a file that no run left has the name of the recipe's copy."""
+    file = place(out)
+    if file.exists() and _made(file) is None:
+        raise OutputExists("is there, and no copy that a run left; name another output, or move it away", file=file)
+
+
+def _made(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Of such a copy what it says of the making, and the step that made it; None for what is none."""
+    try:
+        document = yaml.safe_load(read(file))
+        made = document["made"]
+        return made, next(s for s in document["steps"] if s.get("as") == made["step"])
+    except (RecipeError, yaml.YAMLError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
+
+
 def is_made(step: Step, inputs: str) -> bool:
-    """Whether the step's folder holds, whole, what these options make of these inputs."""
+    """Whether the step's output is there, whole, as these options make it of these inputs."""
     from ..storage.replacing import WORK
 
-    folder = step.folder
-    if folder is None or not (folder / NAME).is_file() or (folder / WORK).exists():
+    out = step.out
+    if out is None or not out.exists() or (out / WORK).exists() or (found := _made(place(out))) is None:
         return False
-    try:
-        document = yaml.safe_load(read(folder / NAME))
-        made = document["made"]
-        entry = next(s for s in document["steps"] if s.get("as") == made["step"])
-    except (RecipeError, yaml.YAMLError, KeyError, TypeError, AttributeError, StopIteration):
-        return False
+    made, entry = found
     if {**entry, "as": step.name} != step.document() or (made["inputs"], made["mixtools"]) != (inputs, __version__):
         return False
-    born = (folder / NAME).stat().st_mtime_ns  # a source of the same size, changed since, is newer than this
+    born = place(out).stat().st_mtime_ns  # a source of the same size, changed since, is newer than this
     return all(file.stat().st_mtime_ns <= born for path in step.inputs() for file in _files(Path(path)))
 
 
@@ -65,5 +83,7 @@ def digest(paths: Iterable[Path]) -> str:
 def _files(path: Path) -> list[Path]:
     """What of an input counts: no copied recipe, nothing hidden."""
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.is_file() and p.name != NAME and not p.name.startswith("."))
+        return sorted(
+            p for p in path.iterdir() if p.is_file() and not p.name.endswith(NAME) and not p.name.startswith(".")
+        )
     return [path] if path.is_file() else []

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..errors import RecipeError
+from ..hub.names import hub_name
 
 MAX_BYTES = 1 << 20
 PLANNED = ("card", "push")  # verbs that recipes may want and that are still to come
@@ -70,11 +71,10 @@ class Step:
     options: Mapping[str, Any]
 
     @property
-    def folder(self) -> Path | None:
-        """Where it writes; of a GGUF file the folder that it lies in."""
+    def out(self) -> Path | None:
+        """What it writes: a folder, or a GGUF file."""
         paths = [self.options.get(name) for name, option in self.verb.options.items() if option.folder]
-        found = next((Path(path) for path in paths if path is not None), None)
-        return found.parent if found is not None and found.suffix == ".gguf" else found
+        return next((Path(path) for path in paths if path is not None), None)
 
     def inputs(self) -> list[str]:
         named = self.verb.options.items()
@@ -346,7 +346,7 @@ def _is_choice(text: str, choices: Sequence[str]) -> bool:
 
 
 def _expect_files(steps: Sequence[Step]) -> None:
-    """Files exist, or lie in what an earlier step makes; no two steps write one folder."""
+    """Files exist, or lie in what an earlier step makes; no two steps write one output."""
     made: dict[Path, str] = {}
     for step in steps:
         for key, option in step.verb.options.items():
@@ -358,14 +358,10 @@ def _expect_files(steps: Sequence[Step]) -> None:
             if option.folder:
                 if path.absolute() in made:
                     raise RecipeError(f"{place}: {path} is what steps.{made[path.absolute()]} writes; name another")
-            elif not known and not path.exists() and not (option.model and _is_hub_name(path)):
+            elif not known and not path.exists() and not (option.model and hub_name(str(path))):
                 raise RecipeError(f"{place}: {path} does not exist")
-        if step.folder is not None:
-            made[step.folder.absolute()] = step.name
-
-
-def _is_hub_name(path: Path) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(path)) is not None and not path.parent.exists()
+        if step.out is not None:
+            made[step.out.absolute()] = step.name
 
 
 def as_command(step: Step) -> str:

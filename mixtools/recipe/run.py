@@ -31,14 +31,14 @@ class Done:
     @property
     def document(self) -> dict[str, Any]:
         told = {"step": self.step.name, "do": self.step.verb.name, "status": self.status}
-        more = {"output": str(self.step.folder)} if self.result is None else {"result": self.result.document}
+        more = {"output": str(self.step.out)} if self.result is None else {"result": self.result.document}
         return {**told, **more}
 
     def lines(self) -> Iterator[str]:
         if self.result is not None:
             yield from self.result.lines()
         else:
-            yield f"skipped {self.step.name}: {self.step.folder} is made already, of the same input and options"
+            yield f"skipped {self.step.name}: {self.step.out} is made already, of the same input and options"
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,16 @@ def _carry_out(
     inputs = made.digest(map(locate, step.inputs()))
     if machine["resume"] and made.is_made(step, inputs):
         return Done(step, "skipped")
+    if step.out is not None:
+        made.expect_free(step.out)
     copy = made.resolved(recipe, steps, step, inputs)
     token = ENCLOSED.set({made.NAME: copy})
     try:
         result = _call(step, machine)
     finally:
         ENCLOSED.reset(token)
-    if step.folder is not None and not result.exit_code:
-        _leave(copy, step.folder)
+    if step.out is not None and not result.exit_code:
+        _leave(copy, made.place(step.out))
     return Done(step, "failed" if result.exit_code else "done", result)
 
 
@@ -194,9 +196,9 @@ def _call(step: resolve.Step, machine: Mapping[str, Any]) -> Result:
     return verb.function(**how, **{names[key]: value for key, value in step.options.items()})
 
 
-def _leave(copy: bytes, folder: Path) -> None:
+def _leave(copy: bytes, target: Path) -> None:
     """The recipe beside what a command wrote without the checkpoints' writer, which commits it itself."""
-    target, part = folder / made.NAME, folder / f".{made.NAME}.part"
+    part = target.with_name(f".{target.name}.part")
     try:
         if target.is_file() and target.read_bytes() == copy:
             return

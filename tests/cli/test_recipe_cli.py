@@ -215,3 +215,51 @@ def test_names_and_pairs_that_there_are_not(tmp_path: Path) -> None:
                       ("run", "torrent-to-hf"), ("run", "torrent-to-hf", "sorce=x"), ("run",)):  # fmt: skip
         done = run(*arguments)
         assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done
+
+
+def recipe(folder: Path, *steps: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text("# mine\n" + yaml.safe_dump({"name": "x", "description": "y", "steps": list(steps)}), "utf-8")
+    return path
+
+
+def statuses(path: Path) -> list[str]:
+    return [step["status"] for step in document("run", path)["steps"]]
+
+
+def test_gguf_files_of_one_folder_are_made_once_each(nano: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Beside the recipe itself, which is the user's own; a file that is gone is made again."""
+    monkeypatch.chdir(tmp_path)
+    text = nano / "text.txt"
+    text.write_bytes((DATA / "text.txt").read_bytes())
+    path = recipe(
+        tmp_path,
+        {"do": "imatrix", "src": str(nano), "out": "x.imatrix.gguf", "text": str(text), "ctx": 128, "chunks": 2},
+        {"do": "quantize", "as": "a", "src": str(nano), "out": "a.gguf", "type": ["Q4_0"], "imatrix": "x.imatrix.gguf"},
+        {"do": "quantize", "as": "b", "src": str(nano), "out": "b.gguf", "type": ["Q8_0"]},
+    )
+    mine = path.read_bytes()
+    assert statuses(path) == ["done"] * 3
+    made = {name: (tmp_path / name).read_bytes() for name in ("x.imatrix.gguf", "a.gguf", "b.gguf")}
+    assert statuses(path) == ["skipped"] * 3
+    (tmp_path / "b.gguf").unlink()
+    assert statuses(path) == ["skipped", "skipped", "done"]
+    assert made == {name: (tmp_path / name).read_bytes() for name in made} and path.read_bytes() == mine
+    for name in made:
+        assert yaml.safe_load((tmp_path / name).with_suffix(".recipe.yaml").read_text("utf-8"))["made"]
+
+
+def test_a_file_of_the_copy_s_name_is_its_owner_s(nano: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quants"
+    folder.mkdir()
+    own = recipe(folder, {"do": "quantize", "src": str(nano), "out": str(folder), "type": ["Q8_0"]})
+    mine = own.read_bytes()
+    done = run("run", own)
+    assert done.code == 8 and f"{own}: is there, and no copy that a run left" in done.err
+    assert own.read_bytes() == mine and [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_file_of_the_hub_is_a_source(nano: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = recipe(tmp_path, {"do": "convert to-hf", "src": "org/name/x.Q8_0.gguf@main", "out": str(tmp_path / "hf")})
+    assert run("run", path, "--dry-run").code == 0

@@ -46,7 +46,7 @@ def test_references_defaults_and_types() -> None:
     assert first.options == {
         "src": ".", "out": "o/a", "dtype": "keep", "factored": True, "samples": 8, "rule": "rank=3",
     }  # fmt: skip
-    assert again.options["src"] == "o/a" and again.options["gate"] == ["x=1", "y=2"] and again.folder == Path("o/b")
+    assert again.options["src"] == "o/a" and again.options["gate"] == ["x=1", "y=2"] and again.out == Path("o/b")
 
 
 def test_overrides_take_the_type_of_their_option() -> None:
