@@ -135,6 +135,9 @@ def one(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     for key in ("seconds", "cpu_seconds", "peak_bytes", "overlap", "peer_ratio"):
         if key in rounds[0]:
             found[key] = statistics.median(told[key] for told in rounds if key in told)
+    if "peer" in rounds[0]:
+        seconds = [sum(part["seconds"] for part in told["peer"].values()) for told in rounds if "peer" in told]
+        found["peer_ratio_of_medians"] = statistics.median(seconds) / found["seconds"]
     return {**found, "rounds": rounds}
 
 
