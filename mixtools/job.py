@@ -311,10 +311,14 @@ def write_tasks(tasks: Iterable[Task], how: Run) -> None:
     def one(task: Task) -> None:
         if stop.is_set() or not task.is_pending():
             return
-        for written in task.write():
-            how.progress.advance(written)
-            if stop.is_set():
-                raise Interrupted("stopped; the same command continues")
+        try:
+            for written in task.write():
+                how.progress.advance(written)
+                if stop.is_set():
+                    raise Interrupted("stopped; the same command continues")
+        except BaseException:
+            stop.set()  # at once: this thread would begin the next task before the waiting one wakes
+            raise
 
     with ThreadPoolExecutor(how.jobs, "mixtools") as pool:
         futures = [pool.submit(one, task) for task in tasks]
