@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,17 @@ from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
 from .storage.store import CHUNK, Bits, from_tensor
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
+
+
+def compute_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a --dtype value; None for auto. Raises UsageError."""
+    if name != "auto" and name not in DTYPES:
+        raise UsageError(f"--dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+    return None if name == "auto" else DTYPES[name].torch()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .storage.store import CHUNK, Bits
 _WIDENED = (DType.F16, DType.BF16)  # a router in these becomes F32
 
 
-def plan_upgrade(source: Checkpoint, stem: str, max_shard_bytes: int | None = None) -> Job:
+def plan_upgrade(source: Checkpoint, stem: str) -> Job:
     """Raises LayoutError for a source that is no such file, TensorError for a layer whose experts differ in type."""
     if source.gguf is None or source.layout.letter != GGUF_2023.letter:
         raise LayoutError(
@@ -33,7 +33,7 @@ def plan_upgrade(source: Checkpoint, stem: str, max_shard_bytes: int | None = No
             file=source.place,
         )
     tensors = _tensors(source)
-    target = gguf_files(stem, source.gguf.metadata, list(tensors.values()), max_shard_bytes)
+    target = gguf_files(stem, source.gguf.metadata, list(tensors.values()))
 
     def unit(slot: Slot) -> Unit:
         piece = GGUF.piece(slot, source.config)

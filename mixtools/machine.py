@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,10 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def human_threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def human_time(seconds: float) -> str:
@@ -120,3 +125,16 @@ def memory_for(device: torch.device, limit: int | None) -> int | None:
     if device.type == "cuda":
         return int(0.9 * torch.cuda.mem_get_info(device)[0])
     return available_memory()
+
+
+def product_rate(dtype: str = "float32") -> float:
+    """Operations a second of this machine, from one small product of matrices of this torch dtype."""
+    import torch
+
+    side = 768
+    matrix = torch.ones(side, side, dtype=getattr(torch, dtype))
+    matrix @ matrix
+    began = time.perf_counter()
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * side**3 / max(time.perf_counter() - began, 1e-9)

@@ -25,6 +25,7 @@ Overwrite = Annotated[bool, Option("", "Replace the checkpoint in OUT once the n
 Jobs = Annotated[int, Option("", "Threads that read, transform and write.", low=1, high=64, machine=True)]
 MaxMemory = Annotated[str | int | None, Option("SIZE", "Stay below this, e.g. 16GB.", machine=True)]
 Device = Annotated[str, Option("auto|cpu|cuda[:N]|mps", "Where to compute.", machine=True)]
+Requantize = Annotated[bool, Option("", "Take a source that is quantized already.")]
 ShardSize = Annotated[str | int, Option("SIZE", "Largest shard, e.g. 5GB.")]
 ComputeDtype = Annotated[str, Option("auto|bf16|f16|f32", "To compute in; auto: as stored.")]
 

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import MemoryBudgetError
 from .job import Job, Run, lost, run, told
 from .layouts.checkpoint import Checkpoint
-from .machine import human_bytes, human_time, peak_memory
+from .machine import human_bytes, human_threads, human_time, peak_memory
 from .storage.disk import free_bytes
 from .storage.store import CHUNK
 from .verbs import Forecast, Result
@@ -96,7 +96,7 @@ def _forecast(job: Job, source: Checkpoint, out: Path, jobs: int) -> Forecast:
     said = [
         f"would write {len(job.plan.tensors)} tensors, {human_bytes(size)}, in {len(job.plan.files)} files "
         f"({human_bytes(free)} free)",
-        f"memory at most {human_bytes(memory)} with {jobs} threads; about {human_time(seconds)}",
+        f"memory at most {human_bytes(memory)} with {human_threads(jobs)}; about {human_time(seconds)}",
         *lost(job.missing, job.not_kept),
     ]
     return Forecast(size, memory, seconds, document, tuple(said))

@@ -100,7 +100,10 @@ def test_casts_equal_torchs(tmp_path: Path, source: torch.dtype, target: str) ->
     tensors["norm.weight"] = torch.tensor([0.0, -0.0, 1e-8, 6e-5, 1e-40, torch.inf, -torch.inf, torch.nan]).to(source)
     hf = go(lambda source: to_hf(source, dtype=target), make.write_a(tmp_path / "a", DIMS, tensors), tmp_path / "hf")
     wanted = {"keep": source, "bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[target]
-    make.assert_same(weights(hf), {name: tensor.to(wanted) for name, tensor in make.hf(tensors, DIMS).items()})
+    expected = {name: tensor.to(wanted) for name, tensor in make.hf(tensors, DIMS).items()}
+    if (source, wanted) == (torch.float32, torch.bfloat16):  # torch's NaN is another from size to size; ours is one
+        expected["model.norm.weight"].view(torch.int16)[-1] = 0x7FC0
+    make.assert_same(weights(hf), expected)
     assert json.loads((hf / "config.json").read_text())["torch_dtype"] == str(wanted).removeprefix("torch.")
 
 

@@ -34,9 +34,10 @@ def convert(
 
     `to`: "hf" (Hugging Face, safetensors in shards), "torrent" (consolidated.00.pth) or "consolidated"
     (consolidated.safetensors); "gguf" makes a GGUF of before April 2024 into one of today (`quantize` makes one of
-    anything else), and `out` is a file. `max_shard_size` and `keep_tied` are for "hf". Memory: a few MB a job, or a
-    tensor where it must be transposed or decoded. Raises UsageError for options that cannot be, MemoryBudgetError where
-    `max_memory` is too small for one job, and the errors of reading the source and writing the output (errors.py).
+    anything else), and `out` is a file. `max_shard_size` and `keep_tied` are for "hf", `dtype` is not for "gguf".
+    Memory: a few MB a job, or a tensor where it must be transposed or decoded. Raises UsageError for options that
+    cannot be, MemoryBudgetError where `max_memory` is too small for one job, and the errors of reading the source and
+    writing the output (errors.py).
     """
     from ..hub.opening import open_model
     from ..job import Run
@@ -47,6 +48,8 @@ def convert(
     checkpoint = open_model(source)
     how = Run(overwrite, resume, jobs, watched(progress))
     if to == "gguf":
+        if dtype != "keep" or keep_tied:
+            raise UsageError("dtype and keep_tied are not for gguf: no value changes")
         return _upgrade(checkpoint, Path(out), how, limit, dry_run)
     job = _plan(checkpoint, to, dtype, parse_size(max_shard_size, "max_shard_size"), keep_tied)
     return write(job, checkpoint, Path(out), how, limit=limit, dry_run=dry_run)

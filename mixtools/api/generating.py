@@ -179,11 +179,12 @@ def talker(
         raise UsageError("--stop needs a text; the empty one is everywhere")
     limit = parse_limit(max_memory)
     check_device(device)
+    from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.generate import Options
     from ..inference.model import Mixtral
     from ..text.tokenizer import Tokenizer
-    from .measuring import compute_dtype, with_experts
+    from .measuring import with_experts
 
     Options(**options)  # wrong ones are refused before anything is read
     checkpoint, rerouted = with_experts(open_model(model), experts_per_token)

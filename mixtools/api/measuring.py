@@ -91,6 +91,7 @@ def perplexity(
     limit = parse_limit(max_memory)
     check_device(device)
     from ..checking import perplexity as engine
+    from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.stream import Stream
     from ..text.tokenizer import Tokenizer
@@ -194,6 +195,7 @@ def check(
     check_device(device)
     from ..checking import judge
     from ..checking import report as page
+    from ..conversion import compute_dtype
     from ..hub.opening import open_model
 
     source = open_model(against)
@@ -245,13 +247,3 @@ def with_experts(checkpoint: Checkpoint, experts_per_token: int | None) -> tuple
         raise UsageError(f"--experts-per-token {experts_per_token}: the model has 1 to {config.num_experts}")
     routed = replace(checkpoint, config=replace(config, experts_per_token=experts_per_token))
     return routed, f"{experts_per_token} experts a token, where the model has {config.experts_per_token}"
-
-
-def compute_dtype(name: str) -> Any:
-    """The torch dtype of a --dtype value; None for auto. Raises UsageError."""
-    from ..conversion import DTYPES
-    from ..errors import UsageError
-
-    if name != "auto" and name not in DTYPES:
-        raise UsageError(f"--dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
-    return None if name == "auto" else DTYPES[name].torch()

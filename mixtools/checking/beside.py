@@ -25,6 +25,7 @@ from ..config import load_object
 from ..documents import MAX_DOCUMENT, for_version_4, is_hf
 from ..errors import ConfigError, MixtoolsError, TokenizerError
 from ..layouts.checkpoint import Checkpoint
+from ..layouts.gguf import KEPT
 from ..text.declared import TEMPLATES, Added, Declared, has_tokenizer, model_file
 from ..text.pieces import JSON_FILE, read_model, read_pieces
 from ..text.tokenizer import Tokenizer
@@ -125,6 +126,10 @@ def configuration(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     return found
 
 
+def _is_of_gguf(checkpoint: Checkpoint) -> bool:
+    return checkpoint.gguf is not None or (checkpoint.folder / KEPT).is_file()
+
+
 def _is_losing(source: Checkpoint, output: Checkpoint) -> bool:
     """To a layout that has no place for most of what a config.json says."""
     to_gguf = source.gguf is None and output.gguf is not None
@@ -187,7 +192,7 @@ def tokenizer(source: Checkpoint, output: Checkpoint) -> list[Difference]:
     if not has_tokenizer(ours):
         return []
     losing = is_hf(source) and not is_hf(output)
-    if (source.gguf is None) != (output.gguf is None):  # of a GGUF's documents the files are made
+    if _is_of_gguf(source) != _is_of_gguf(output):  # of a GGUF's metadata the files are made anew
         if not has_tokenizer(theirs):
             return [Difference("tokenizer", "", "there", _ABSENT)]
         return list(_behaviour(Tokenizer.from_folder(ours), Tokenizer.from_folder(theirs), False, {}))

@@ -130,6 +130,8 @@ def open_gguf(path: Path, *, strict: bool = True, remarks: tuple[str, ...] = ())
         raise LayoutError("is missing", file=files[0], tensor=GGUF.rules[Role.EMBED].name)
     found = document(metadata, embedding.shape[0], files[0])
     config = from_document(found, files[0])
+    usual = {key: value for key, value in config.to_hf("").items() if key != "torch_dtype"}
+    found = {**usual, **found}  # what a torrent's config.json is given as well
     layout = GGUF_2023 if is_stored(GGUF_2023, Role.GATE, entries) else GGUF
     tied = not is_stored(layout, Role.HEAD, entries)
     if tied:  # llama.cpp, too, takes the embedding where there is no output.weight

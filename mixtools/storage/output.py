@@ -205,6 +205,7 @@ class Output:
             for folder in folders:
                 disk.sync_folder(self.folder / folder)
             disk.sync_folder(self.folder)
+        with DiskErrors(self.folder):
             _empty(self.work, but=(JOURNAL,))
             shutil.rmtree(self.work)  # the journal last: a run killed before that goes on, one killed after is done
             disk.sync_folder(self.folder)

@@ -132,7 +132,9 @@ class Place:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            path.unlink(
+                missing_ok=True
+            )  # before the work is cleared away: a run killed until then goes on, and does it
             os.close(handle)
 
     def forget(self) -> None:

@@ -1,6 +1,6 @@
 """The tokenizer in a GGUF's metadata as the files that a folder has, from which Tokenizer.from_folder makes it again.
 
-    tokens up to the last piece ─► tokenizer.model ─► hf_files ─┐
+    tokens up to the last piece ─► tokenizer.model ─► hf_files_of ─┐
     those after it, which a fine-tune added ────────────────────┴► tokenizer.json, tokenizer_config.json
     ids, templates ─► tokenizer_config.json, special_tokens_map.json, generation_config.json
 
@@ -20,7 +20,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import TokenizerError
@@ -31,7 +30,7 @@ from .chat import MARKER
 from .declared import CONFIG_FILE
 from .model_bytes import encode_model
 from .pieces import JSON_FILE, MODEL_FILE, Kind, Piece, Pieces, read_pieces
-from .tokenizer_files import hf_files, own_template
+from .tokenizer_files import hf_files_of, own_template
 
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _DEFAULTS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # llama.cpp's, of such a tokenizer
@@ -58,7 +57,7 @@ def documents(metadata: Metadata, file: Path) -> dict[str, bytes]:
     tokenizer that puts a blank before each text, tokenizer.model.
 
     Raises TokenizerError for metadata without a tokenizer, with one of another kind than SentencePiece's BPE, and with
-    one that is damaged (arrays of different lengths, ids outside) or cannot be converted (read_pieces, hf_files).
+    one that is damaged (arrays of different lengths, ids outside) or cannot be converted (read_pieces, hf_files_of).
     """
     model = _value(metadata, keys.MODEL, Type.STRING, file)
     if model != "llama":
@@ -68,7 +67,7 @@ def documents(metadata: Metadata, file: Path) -> dict[str, bytes]:
     dummy_blank = bool(_value(metadata, keys.ADD_PREFIX, Type.BOOL, file, True))
     bos = (found.ids["bos_token"],) if _value(metadata, keys.ADD_BOS, Type.BOOL, file, True) else ()
     eos = (found.ids["eos_token"],) if _value(metadata, keys.ADD_EOS, Type.BOOL, file, False) else ()
-    made = _hf_files(found.base, file)
+    made = hf_files_of(encode_model(found.base.all), file)
     added = _added_tokens(found)
     names = {name: found.texts[index] for name, index in found.ids.items() if index in found.looked_for}
     flags = {str(one["id"]): {key: value for key, value in one.items() if key != "id"} for one in added}
@@ -205,17 +204,6 @@ def _name_ends(pieces: list[Piece], ids: Mapping[str, int]) -> None:
 
 
 # --- the files ---
-
-
-def _hf_files(base: Pieces, file: Path) -> dict[str, bytes]:
-    """tokenizer_files.hf_files of what has no file yet."""
-    with TemporaryDirectory(prefix="mixtools-gguf-") as folder:
-        model = Path(folder) / MODEL_FILE
-        model.write_bytes(encode_model(base.all))
-        try:
-            return hf_files(model)
-        except TokenizerError as error:
-            raise TokenizerError(error.message, file=file, expected=error.expected, found=error.found) from None
 
 
 def _added_tokens(found: _Vocabulary) -> list[dict[str, Any]]:

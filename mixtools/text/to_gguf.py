@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import TokenizerError
 from ..storage.gguf_values import Kind as Type
@@ -61,14 +61,25 @@ class _Source:
     dummy_blank: bool = True
 
 
-def vocabulary(folder: Path, vocab_size: int) -> dict[str, Value]:
+class Vocabulary(NamedTuple):
+    """`remarks`: where llama.cpp will do otherwise than the folder's own tokenizer, a GGUF having no place for why."""
+
+    metadata: dict[str, Value]
+    remarks: tuple[str, ...]
+
+
+def vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """All tokenizer.* keys of the tokenizer in `folder`, for a model whose embedding has `vocab_size` rows.
 
-    Ids that no token has become holes ([PADn], UNUSED); tokens that a fine-tune added beyond the rows are left out
-    (`remarks` tells). Raises TokenizerError for a tokenizer that llama.cpp has no form for (byte-level ones, those
+    Ids that no token has become holes ([PADn], UNUSED); tokens that a fine-tune added beyond the rows are left out,
+    with a remark. Raises TokenizerError for a tokenizer that llama.cpp has no form for (byte-level ones, those
     whose merges no scores stand for), for pieces, BOS or EOS beyond the rows, and what Tokenizer.from_folder raises.
     """
     source = _read(folder)
+    return Vocabulary(_keys(source, vocab_size), tuple(_remarks(source, folder, vocab_size)))
+
+
+def _keys(source: _Source, vocab_size: int) -> dict[str, Value]:
     tokens = _fitted(source, vocab_size)
     told = {
         keys.MODEL: string("llama"),
@@ -82,28 +93,21 @@ def vocabulary(folder: Path, vocab_size: int) -> dict[str, Value]:
     return told | dict(_templates(source))
 
 
-def remarks(folder: Path, vocab_size: int) -> tuple[str, ...]:
-    """Where llama.cpp will do otherwise than the folder's own tokenizer, since a GGUF has no place for the reason.
-
-    Raises as `vocabulary` does.
-    """
-    source = _read(folder)
-    found = []
+def _remarks(source: _Source, folder: Path, vocab_size: int) -> Iterator[str]:
     if left := [token.text for index, token in sorted(source.tokens.items()) if index >= vocab_size]:
-        found.append(f"{folder}: the model has {vocab_size} rows; left out are the added tokens {', '.join(left)}")
+        yield f"{folder}: the model has {vocab_size} rows; left out are the added tokens {', '.join(left)}"
     tokenizer = Tokenizer(source.engine, source.declared)
     if others := [end for end in tokenizer.end_ids if end != tokenizer.eos_id][len(keys.MORE_ENDS) :]:
-        found.append(f"{folder}: of the ids that end generation a GGUF has no place for {', '.join(map(str, others))}")
+        yield f"{folder}: of the ids that end generation a GGUF has no place for {', '.join(map(str, others))}"
     llama = _llama_encoder(source, folder)
     for text in _strange(source):
         ours, theirs = source.engine.encode(text, True), llama(text)
         if ours != theirs:
-            found.append(
+            yield (
                 f"{source.engine.file}: llama.cpp will give other ids for {text!r}, {theirs} and not {ours}: there "
                 "each stretch between special tokens has a blank put before it, and no token takes blanks with it"
             )
-            break
-    return tuple(found)
+            return
 
 
 # --- the tokens ---

@@ -35,7 +35,11 @@ def hf_files(model: Path) -> dict[str, bytes]:
     encoded with the result and with SentencePiece before it is returned. Raises TokenizerError if the file cannot be
     read or converted (pieces.read_pieces tells what can), or if an id differs.
     """
-    data = read_model(model)
+    return hf_files_of(read_model(model), model)
+
+
+def hf_files_of(data: bytes, model: Path) -> dict[str, bytes]:
+    """The same of the bytes of a tokenizer.model; `model` is for messages."""
     pieces = read_pieces(data, model)
     control = [piece.text for _, piece in pieces.of_kind(Kind.CONTROL)]
     for name in ("<s>", "</s>"):

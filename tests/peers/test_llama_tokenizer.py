@@ -19,11 +19,11 @@ import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from peers import llama
 from text import vocabularies as make
+from text.vocabularies import vocabulary
 
 from mixtools.storage.gguf import read_header
 from mixtools.storage.gguf_values import Kind, Metadata, Value, array
 from mixtools.storage.source import Source
-from mixtools.text.to_gguf import vocabulary
 from mixtools.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peers("llama")

@@ -22,6 +22,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from text import vocabularies as make
+from text.vocabularies import remarks, vocabulary
 from transformers import AutoTokenizer
 
 from mixtools.errors import TokenizerError
@@ -32,7 +33,6 @@ from mixtools.text.chat import MARKER
 from mixtools.text.pieces import Kind as PieceKind
 from mixtools.text.pieces import Piece, _fields, read_pieces
 from mixtools.text.rendering import render
-from mixtools.text.to_gguf import remarks, vocabulary
 from mixtools.text.tokenizer import Tokenizer
 
 MISTRAL = Path(str(resources.files("mistral_common") / "data"))

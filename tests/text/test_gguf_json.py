@@ -13,11 +13,11 @@ import sentencepiece
 import tokenizers
 from converting import NANO
 from text import vocabularies as make
+from text.vocabularies import remarks, vocabulary
 from tokenizers import models, trainers
 
 from mixtools.errors import TokenizerError
 from mixtools.text.gguf_keys import ranks
-from mixtools.text.to_gguf import remarks, vocabulary
 from mixtools.text.tokenizer import Tokenizer, hf_files
 
 V1 = Path(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"))

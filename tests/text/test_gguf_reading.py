@@ -12,11 +12,11 @@ import pytest
 import sentencepiece
 from converting import NANO
 from text import vocabularies as make
+from text.vocabularies import vocabulary
 
 from mixtools.errors import TokenizerError
 from mixtools.storage.gguf_values import Kind, Value, array, boolean, string, uint32
 from mixtools.text.from_gguf import documents
-from mixtools.text.to_gguf import vocabulary
 from mixtools.text.tokenizer import Tokenizer, hf_files
 
 Keys = dict[str, Value]

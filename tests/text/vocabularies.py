@@ -15,8 +15,8 @@ from converting import NANO
 
 from mixtools.errors import TokenizerError
 from mixtools.storage.gguf_values import Value
+from mixtools.text import to_gguf
 from mixtools.text.from_gguf import documents
-from mixtools.text.to_gguf import vocabulary
 from mixtools.text.tokenizer import Tokenizer, hf_files
 
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -137,3 +137,11 @@ def expect_same(source: Path, made: Path) -> None:
             assert theirs.encode(text, parse_special=parse_special) == ids and theirs.decode(ids) == ours.decode(ids)
     for messages in CONVERSATIONS:
         assert conversed(theirs, messages) == conversed(ours, messages)
+
+
+def vocabulary(folder: Path, vocab_size: int) -> dict[str, Value]:
+    return to_gguf.vocabulary(folder, vocab_size).metadata
+
+
+def remarks(folder: Path, vocab_size: int) -> tuple[str, ...]:
+    return to_gguf.vocabulary(folder, vocab_size).remarks

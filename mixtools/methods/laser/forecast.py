@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from ... import conversion
 from ...errors import MemoryBudgetError
 from ...inference.calibrate import Calibration, moment_bytes
 from ...layouts.checkpoint import Checkpoint
-from ...machine import human_bytes
+from ...machine import human_bytes, product_rate
 from ...names import Slot
 from ...storage.dtypes import DType
 from ...storage.store import CHUNK
@@ -108,11 +105,4 @@ def flop(shape: Sequence[int], rebuild: bool, norm: str) -> float:
 
 def forecast_seconds(source: Checkpoint, slots: Sequence[Slot], rebuild: bool, norm: str) -> float:
     """From the shapes and this machine's rate in one small product."""
-    side = 768
-    matrix = torch.ones(side, side, dtype=torch.float64)
-    matrix @ matrix
-    began = time.perf_counter()
-    for _ in range(3):
-        matrix @ matrix
-    rate = 3 * 2 * side**3 / max(time.perf_counter() - began, 1e-9)
-    return sum(flop(source.spec(slot).shape, rebuild, norm) for slot in slots) / rate
+    return sum(flop(source.spec(slot).shape, rebuild, norm) for slot in slots) / product_rate("float64")

@@ -18,7 +18,7 @@ from ...machine import (
     parse_size,
     peak_memory,
 )
-from ...options import Device, DryRun, Jobs, MaxMemory, Out, Overwrite, Resume, ShardSize, Source
+from ...options import Device, DryRun, Jobs, MaxMemory, Out, Overwrite, Requantize, Resume, ShardSize, Source
 from ...progress import Callback, Progress, watched
 from ...verbs import Forecast, Option
 from .consistent import expect_consistent
@@ -88,7 +88,7 @@ def laser(
     held_out: Annotated[str | Path | None, Option("FILE", "Another text, for the final figure.")] = None,
     factored: Annotated[bool, Option("", "Store two factors for each matrix, not one.")] = False,
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
-    max_shard_size: ShardSize = "5GB",
+    requantize: Requantize = False, max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
     jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
     progress: Progress | Callback | None = None,
@@ -125,7 +125,7 @@ def laser(
         shard,
     )  # fmt: skip
     machine = Machine(device, parse_limit(max_memory), jobs, watched(progress))
-    checkpoint, slots = _open(source, Path(out), options)
+    checkpoint, slots = _open(source, Path(out), options, requantize)
     asked = Asked(checkpoint, slots, options)
     threads = threads_within(machine.max_memory, asked, jobs, calibrated=text is not None)
     if not dry_run:
@@ -150,6 +150,7 @@ def spectrum(
     ] = None,
     norm: Norm = "weights", damping: Damping = 1e-4, routed: Routed = False,
     exact: Exact = False, text: Text = None, samples: Samples = 32, seq_len: SeqLen = 1024,
+    requantize: Requantize = False,
     out: Annotated[str | Path | None, Option("DIR", "Write the report there.")] = None,
     dry_run: DryRun = False,
     overwrite: Annotated[bool, Option("", "Replace a report in DIR.", machine=True)] = False,
@@ -175,7 +176,7 @@ def spectrum(
     options = Options(layers, targets, experts, rank_rule, exact=exact, norm=norm, damping=damping, routed=routed)
     machine = Machine(device, parse_limit(max_memory), 1, watched(progress))
     folder = _path(out)
-    checkpoint, slots = _open(source, folder, options)
+    checkpoint, slots = _open(source, folder, options, requantize)
     asked = Asked(checkpoint, slots, options)
     threads_within(machine.max_memory, asked, 1, calibrated=text is not None)
     if folder is not None and not overwrite and (found := folder / f"{pages.NAME}.json").exists():
@@ -292,7 +293,9 @@ def _carry_out(job: Job, out: Path, how: Run, notes: Sequence[str], began: float
     return Reduced(out, job.inputs.folder, engine.read_report(out), done, (*job.notes, *notes))
 
 
-def _open(source: Source, out: Path | None, options: Options) -> tuple[Checkpoint, list[Slot]]:
+def _open(
+    source: Source, out: Path | None, options: Options, requantize: bool
+) -> tuple[Checkpoint, list[Slot]]:  # fmt: skip
     from ...hub.opening import open_model
     from .selection import select
 
@@ -302,8 +305,8 @@ def _open(source: Source, out: Path | None, options: Options) -> tuple[Checkpoin
         checkpoint = open_model(source)
     except QuantizedError as error:
         raise QuantizedError(why, file=error.file, tensor=error.tensor) from None
-    if checkpoint.quantization is not None:
-        raise QuantizedError(why, file=checkpoint.place)
+    if checkpoint.quantization is not None and not requantize:
+        raise QuantizedError(f"{why}, or add --requantize", file=checkpoint.place)
     if out is not None and checkpoint.folder.resolve() == out.resolve():
         raise UsageError("the output is the source's own folder; name another", file=out)
     slots = select(checkpoint.config, options)

@@ -49,22 +49,28 @@ def folder_name(folder: Path) -> str:
     return folder.name or "model"
 
 
-def general(source: Checkpoint, name: str, file_type: str, quantized_by: str | None) -> dict[str, Value]:
+def general(
+    source: Checkpoint, name: str, file_type: str, *, quantized_by: str | None, named: bool
+) -> dict[str, Value]:  # fmt: skip
     """All but what the architecture and the tokenizer say; what a card says amiss is left out.
+
+    `named`: the name goes before one that the source has already.
 
     Raises ConfigError for a gguf-metadata.json that is none.
     """
     told: dict[str, Value] = {"general.architecture": string(ARCHITECTURE), "general.type": string("model")}
     if source.gguf is None:
-        named = re.search(r"(?<![\w.])\d+x\d+(\.\d+)?[KMBT](?![\w.])", name)  # as llama.cpp's converter: the name's own
+        size = re.search(r"(?<![\w.])\d+x\d+(\.\d+)?[KMBT](?![\w.])", name)  # as llama.cpp's converter: the name's own
         told |= {
             "general.name": string(name),
-            "general.size_label": string(named[0] if named else size_label(source.config)),
+            "general.size_label": string(size[0] if size else size_label(source.config)),
         }
     earlier = _earlier(source).items()
     told |= {key: value for key, value in earlier if key.startswith("general.") and not key.startswith(_DROPPED)}
     if source.gguf is None:
         told |= dict(_from_card(_front_matter(source.folder / "README.md")))
+    if named:
+        told["general.name"] = string(name)
     if quantized_by:
         told["general.quantized_by"] = string(quantized_by)
     told["general.file_type"] = uint32(FILE_TYPES[file_type])

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ...errors import OutputError, OutputExists, UsageError
-from ...machine import check_device, find_device, human_bytes, human_time, memory_for, parse_limit, peak_memory
+from ...machine import (
+    check_device,
+    find_device,
+    human_bytes,
+    human_time,
+    memory_for,
+    parse_limit,
+    peak_memory,
+    product_rate,
+)
 from ...options import ComputeDtype, Device, DryRun, MaxMemory, ParseSpecial, Source
 from ...progress import Callback, Progress, watched
 from ...verbs import Forecast, Option, Result
@@ -118,7 +127,9 @@ def imatrix(
     began = time.monotonic()
     limit, path = parse_limit(max_memory), Path(out)
     check_device(device)
-    _check_dtype(dtype)
+    from ...conversion import compute_dtype
+
+    asked = compute_dtype(dtype)
     if chunks is not None and chunks < 1:
         raise UsageError(f"--chunks {chunks}: take at least one")
     if path.suffix != ".gguf":
@@ -126,7 +137,6 @@ def imatrix(
     if not dry_run:
         expect_free(path, overwrite)
     from ...checking import perplexity as engine
-    from ...conversion import DTYPES
     from ...hub.opening import open_model
     from ...inference.stream import Stream
     from . import collect, importance
@@ -135,8 +145,8 @@ def imatrix(
     checkpoint = open_model(source)
     sequences, remark = _cut(content, checkpoint, (ctx, chunks), parse_special)
     where = find_device(device)
-    kind = checkpoint.main_dtype() if dtype == "auto" else DTYPES[dtype]
-    stream = Stream(checkpoint, where, kind.torch(), max_memory=memory_for(where, limit), progress=watched(progress))
+    kind = asked or checkpoint.main_dtype().torch()
+    stream = Stream(checkpoint, where, kind, max_memory=memory_for(where, limit), progress=watched(progress))
     if dry_run:
         shapes = collect.shapes(checkpoint.config, process_output)
         return _forecast(stream, len(sequences), ctx, importance.encoded_bytes(shapes, [Path(text).name]))
@@ -170,13 +180,6 @@ def _cut(
     tokenizer.expect_known(ids, checkpoint.config)
     found = engine.cut(ids, "llamacpp", bos_id=tokenizer.bos_id, ctx=ctx)
     return found.sequences, tokenizer.check_vocab(checkpoint.config)
-
-
-def _check_dtype(name: str) -> None:
-    from ...conversion import DTYPES
-
-    if name != "auto" and name not in DTYPES:
-        raise UsageError(f"--dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
 
 
 def _visited(config: MixtralConfig, counts: Mapping[str, Any]) -> Iterator[Visited]:
@@ -244,7 +247,7 @@ def _forecast(stream: Stream, chunks: int, ctx: int, size: int) -> Forecast:
     config = stream.config
     stream.reserved += collect.reserved_bytes(config)
     memory = peak_memory() + stream.plan([ctx] * chunks).peak_bytes
-    seconds = round(chunks * ctx * collect.token_flop(config, ctx) / _rate(), 1)
+    seconds = round(chunks * ctx * collect.token_flop(config, ctx) / product_rate(), 1)
     document = {
         "dry_run": True, "chunks": chunks, "chunk_size": ctx, "tokens": chunks * ctx, "layers": config.num_layers,
         "bytes": size, "seconds": seconds, "peak_memory_bytes": memory,
@@ -254,16 +257,3 @@ def _forecast(stream: Stream, chunks: int, ctx: int, size: int) -> Forecast:
         f"memory at most {human_bytes(memory)}; about {human_time(max(seconds, 0.1))} of arithmetic",
     )
     return Forecast(size, memory, seconds, document, said)
-
-
-def _rate() -> float:
-    """Operations a second of this machine, from one small product."""
-    import torch
-
-    side = 768
-    matrix = torch.ones(side, side)
-    matrix @ matrix
-    began = time.perf_counter()
-    for _ in range(3):
-        matrix @ matrix
-    return 3 * 2 * side**3 / max(time.perf_counter() - began, 1e-9)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...machine import human_bytes, human_time
+from ...machine import human_bytes, human_threads, human_time
 from ...verbs import Result
 
 BESIDE_WEIGHTS = 2_500_000_000  # of memory, when a model runs: the allowance of the cards that users know
@@ -105,5 +105,5 @@ class Planned(Result):
         total, free = sum(row.bytes for row in self.rows), self.disk_free_bytes
         yield f"would write {human_bytes(total)} ({human_bytes(free)} free)"
         about = f"; about {human_time(self.seconds)}" if self.seconds is not None else ""
-        yield f"memory at most {human_bytes(self.peak_memory_bytes)} with {self.jobs} threads{about}"
+        yield f"memory at most {human_bytes(self.peak_memory_bytes)} with {human_threads(self.jobs)}{about}"
         yield from lacking(self.missing)

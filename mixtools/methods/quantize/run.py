@@ -19,8 +19,10 @@ from ...conversion import inputs_of, worker_bytes
 from ...errors import QuantizedError, UsageError
 from ...job import BARE, Fan, Job, Target
 from ...layouts.checkpoint import Checkpoint
+from ...layouts.families import any_of
 from ...layouts.gguf import GGUF
 from ...layouts.gguf_config import architecture
+from ...layouts.gguf_files import is_gguf
 from ...layouts.table import Layout, from_canonical
 from ...names import Role, Slot
 from ...storage import plan
@@ -39,13 +41,17 @@ _NO_VOCABULARY = {"tokenizer.ggml.model": string("none")}  # as llama.cpp has it
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes, but for the mixtures. `name`: of the files, before the type; `stem`: of the only one."""
+    """What decides the bytes, but for the mixtures. `name`: of the files, before the type; `stem`: of the only one.
+
+    `named`: the name was asked for, and goes before the one that a GGUF has already.
+    """
 
     name: str
     stem: str | None = None
     max_shard_bytes: int | None = None
     quantized_by: str | None = None
     importance: Importance | None = None
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,9 @@ def shared_by_all(source: Checkpoint, options: Options) -> Shared:
         if has_tokenizer(source.folder):
             from ...text import to_gguf
 
-            metadata |= to_gguf.vocabulary(source.folder, source.config.vocab_size)
-            notes += to_gguf.remarks(source.folder, source.config.vocab_size)
+            found = to_gguf.vocabulary(source.folder, source.config.vocab_size)
+            metadata |= found.metadata
+            notes += found.remarks
         else:
             metadata |= _NO_VOCABULARY
             missing = ("tokenizer",)
@@ -138,7 +145,9 @@ def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options)
     planned = []
     shared = shared_by_all(source, options)
     for mixture in mixtures:
-        metadata = about.general(source, options.name, mixture.name, options.quantized_by)
+        metadata = about.general(
+            source, options.name, mixture.name, quantized_by=options.quantized_by, named=options.named
+        )
         metadata |= shared.metadata
         file = plan_file(
             mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
@@ -222,14 +231,13 @@ def _encoder(source: Checkpoint, file: File, slot: Slot, importance: Importance 
     return lambda block: store(block, dtype, target, weights, slot)
 
 
-def expect_weighed(source: Checkpoint, files: Sequence[File], importance: Importance | None) -> None:
+def expect_weighed(source: Checkpoint, files: Sequence[File], importance: Importance) -> None:
     """Raises UsageError where a tensor needs importances and the matrix has none for it."""
     for file in files:
         for slot, dtype in needs_imatrix(file.mixture, file.choices):
             name = GGUF.piece(slot, source.config).name
-            if importance is None or importance.weights(name, slot.expert, source.spec(slot).shape[1]) is None:
-                place = importance.file if importance is not None else None
-                raise UsageError(f"has no entry for {name}, which {dtype.value} needs", file=place)
+            if importance.weights(name, slot.expert, source.spec(slot).shape[1]) is None:
+                raise UsageError(f"has no entry for {name}, which {dtype.value} needs", file=importance.file)
 
 
 def expect_not_quantized(source: Checkpoint, requantize: bool) -> None:
@@ -244,8 +252,6 @@ def expect_not_quantized(source: Checkpoint, requantize: bool) -> None:
 
 def is_config_alone(path: Path) -> Path | None:
     """The configuration of a folder that holds no weights, for a dry run; None where there are some, or no folder."""
-    if not path.is_dir() or any(
-        one.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt") for one in path.iterdir()
-    ):
+    if not path.is_dir() or any_of(path) or is_gguf(path):
         return None
     return next((path / name for name in ("config.json", "params.json") if (path / name).is_file()), None)

@@ -22,7 +22,7 @@ from .mixtures import DENSE
 
 Weights = npt.NDArray[np.float32]
 EXTRA = "libgguf"  # what makes the types that no kernel here does
-_FIRST = threading.Lock()  # its tables are made by the first call
+_ONE_AT_A_TIME = threading.Lock()  # the package makes its tables in a call, and keeps Python's lock meanwhile anyway
 
 
 def expect_encoder(types: set[DType]) -> None:
@@ -62,6 +62,6 @@ def _foreign(values: npt.NDArray[np.float32], target: DType, weights: Weights | 
     """By the package, whose results are ggml's byte for byte."""
     package: Any = importlib.import_module(EXTRA)
     rows, columns = values.shape
-    with _FIRST:
+    with _ONE_AT_A_TIME:
         data = package.quantize_rows_raw(GGML[target], np.ascontiguousarray(values), rows, columns, weights)
     return np.frombuffer(data, np.uint8).reshape(rows, target.row_bytes(columns))

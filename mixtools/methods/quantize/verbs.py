@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ...errors import MemoryBudgetError, UsageError
+from ...errors import InputError, MemoryBudgetError, UsageError
 from ...machine import check_device, human_bytes, parse_limit, parse_size, peak_memory
-from ...options import Device, DryRun, Jobs, MaxMemory, Overwrite, Resume, Source
+from ...options import Device, DryRun, Jobs, MaxMemory, Overwrite, Requantize, Resume, Source
 from ...progress import Callback, Progress, watched
 from ...verbs import Option
 
@@ -31,19 +31,19 @@ def quantize(
     out: Annotated[str | Path, Option("OUT", "Folder, or for one type a file.gguf.", argument=True)],
     *,
     method: Annotated[str, Option("gguf", "The kind of file.")] = "gguf",
-    type: Annotated[list[str] | None, Option("TYPE", "Q4_K_M, Q8_0, BF16, ...; may be given again.")] = None,
+    type: Annotated[list[str] | str | None, Option("TYPE", "Q4_K_M, Q8_0, BF16, ...; may be given again.")] = None,
     name: Annotated[str | None, Option("NAME", "Of the files: NAME.TYPE.gguf.")] = None,
     imatrix: Annotated[str | Path | None, Option("FILE", "Importance matrix, GGUF or .dat.")] = None,
     pure: Annotated[bool, Option("", "The type for every matrix, without its mixture.")] = False,
     tensor_type: Annotated[
-        list[str] | None, Option("REGEX=TYPE", "For tensors whose name matches; the first match decides.")
+        list[str] | str | None, Option("REGEX=TYPE", "For tensors whose name matches; the first match decides.")
     ] = None,
     output_tensor_type: Annotated[str | None, Option("TYPE", "Of output.weight.")] = None,
     token_embedding_type: Annotated[str | None, Option("TYPE", "Of token_embd.weight.")] = None,
     rules: Annotated[str, Option("today|2023-12", "llama.cpp's mixtures of today, or of December 2023.")] = "today",
     max_shard_size: Annotated[str | int | None, Option("SIZE", "Split files into parts, e.g. 40GB.")] = None,
     quantized_by: Annotated[str | None, Option("NAME", "For the files' metadata.")] = None,
-    requantize: Annotated[bool, Option("", "Take a source that is quantized already.")] = False,
+    requantize: Requantize = False,
     dry_run: DryRun = False,
     resume: Resume = True,
     overwrite: Overwrite = False,
@@ -57,8 +57,8 @@ def quantize(
     Example: mixtools quantize Mixtral-8x7B-Instruct-v0.1 quants --method gguf --type Q4_K_M --type Q6_K
 
     Each type is a file NAME.TYPE.gguf in OUT, beside those that are there, with ggml's own bytes. Types: F32, F16,
-    BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q2_K_S, Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M, Q6_K, IQ4_NL, IQ4_XS; IQ1_S to
-    IQ3_M and MXFP4_MOE with the package libgguf. IQ1, IQ2, IQ3_XXS, IQ3_XS and Q2_K_S need --imatrix.
+    BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q2_K_S, Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M, Q6_K, IQ4_NL, IQ4_XS, MXFP4_MOE;
+    IQ1_S to IQ3_M with the package libgguf. IQ1, IQ2, IQ3_XXS, IQ3_XS and Q2_K_S need --imatrix.
 
     --dry-run tells sizes; SRC may then hold a config.json or params.json alone.
 
@@ -67,15 +67,18 @@ def quantize(
     Raises UsageError for options that cannot be, TensorError for weights that are not finite, MemoryBudgetError where
     `max_memory` is too small for one thread, and the errors of reading the source and writing the output (errors.py).
     """
+    from ...storage.source import missing
     from .run import Options, is_config_alone, plan_jobs
 
     check_device(device)
     preflight(method=method, type=type, max_shard_size=max_shard_size, out=out)
     mixtures = _mixtures(
-        type or [], pure=pure, tensor_types=tensor_type or [], output=output_tensor_type,
+        type, pure=pure, tensor_types=tensor_type, output=output_tensor_type,
         embedding=token_embedding_type, rules=rules,
     )  # fmt: skip
     shard = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
+    if imatrix is not None and not Path(imatrix).is_file():
+        raise InputError(missing(Path(imatrix), "does not exist"), file=imatrix)
     if dry_run and isinstance(source, str | Path) and (config := is_config_alone(Path(source))) is not None:
         return _from_config(config, Path(out), mixtures, name=name, shard=shard, imatrix=imatrix is not None, jobs=jobs)
     from ...hub.opening import open_model
@@ -87,7 +90,9 @@ def quantize(
     checkpoint = replace(open_model(source), dense=DType.F32)  # as ggml decodes blocks: not rounded to bf16 between
     expect_not_quantized(checkpoint, requantize)
     folder, stem = _place(Path(out), name)
-    options = Options(name or default_name(checkpoint), stem, shard, quantized_by, _importance(imatrix, checkpoint))
+    options = Options(
+        name or default_name(checkpoint), stem, shard, quantized_by, _importance(imatrix, checkpoint), named=bool(name)
+    )
     planned = plan_jobs(checkpoint, mixtures, options)
     expect_encoder({choice.type for file, _ in planned for choice in file.choices.values()})
     return _carry_out(checkpoint, folder, planned, options.importance, resume=resume, overwrite=overwrite, jobs=jobs,
@@ -95,7 +100,8 @@ def quantize(
 
 
 def preflight(
-    *, method: str = "gguf", type: Sequence[str] | None = None, tensor_type: Sequence[str] | None = None,
+    *, method: str = "gguf", type: Sequence[str] | str | None = None,
+    tensor_type: Sequence[str] | str | None = None,
     output_tensor_type: str | None = None, token_embedding_type: str | None = None, rules: str = "today",
     max_shard_size: str | int | None = None, out: str | Path = "", **_: Any,
 ) -> None:  # fmt: skip
@@ -105,7 +111,7 @@ def preflight(
     if max_shard_size is not None:
         parse_size(max_shard_size, "max_shard_size")
     mixtures = _mixtures(
-        type or [], tensor_types=tensor_type or [], output=output_tensor_type, embedding=token_embedding_type,
+        type, tensor_types=tensor_type, output=output_tensor_type, embedding=token_embedding_type,
         rules=rules,
     )  # fmt: skip
     if len(mixtures) > 1 and str(out).endswith(".gguf"):
@@ -113,8 +119,8 @@ def preflight(
 
 
 def _mixtures(
-    types: Sequence[str], *, tensor_types: Sequence[str], output: str | None, embedding: str | None, rules: str,
-    pure: bool = False,
+    types: Sequence[str] | str | None, *, tensor_types: Sequence[str] | str | None, output: str | None,
+    embedding: str | None, rules: str, pure: bool = False,
 ) -> list[Mixture]:  # fmt: skip
     from .mixtures import RULES, Mixture, dtype_named, type_named
 
@@ -123,7 +129,7 @@ def _mixtures(
     if rules not in RULES:
         raise UsageError(f"--rules {rules}: there is {', '.join(RULES)}")
     overrides = []
-    for text in tensor_types:
+    for text in _listed(tensor_types):
         pattern, equals, dtype = text.rpartition("=")
         if not equals or not pattern:
             raise UsageError(f"--tensor-type {text}: write REGEX=TYPE")
@@ -132,7 +138,7 @@ def _mixtures(
         except re.error as error:
             raise UsageError(f"--tensor-type {text}: {pattern!r} is no regular expression ({error})") from None
         overrides.append((pattern, dtype_named(dtype, f"--tensor-type {pattern}=")))
-    names = list(dict.fromkeys(map(type_named, types)))
+    names = list(dict.fromkeys(map(type_named, _listed(types))))
     return [
         Mixture(
             name, pure, tuple(overrides), dtype_named(output, "--output-tensor-type ") if output else None,
@@ -140,6 +146,11 @@ def _mixtures(
         )
         for name in names
     ]  # fmt: skip
+
+
+def _listed(value: Sequence[str] | str | None) -> Sequence[str]:
+    """Where one of several may be given by itself."""
+    return [value] if isinstance(value, str) else value or []
 
 
 def _place(out: Path, name: str | None) -> tuple[Path, str | None]:
@@ -185,7 +196,8 @@ def _carry_out(
     from .run import expect_weighed, fans
 
     files, made = [file for file, _ in planned], [job for _, job in planned]
-    expect_weighed(source, files, importance)
+    if importance is not None:
+        expect_weighed(source, files, importance)
     jobs = _within(limit, jobs, files, made[0])
     notes = tuple(dict.fromkeys(note for job in made for note in job.notes))
     if dry_run:

@@ -10,7 +10,7 @@ import pytest
 
 import mixtools
 from mixtools.config import MixtralConfig
-from mixtools.errors import UsageError
+from mixtools.errors import InputError, UsageError
 from mixtools.methods.quantize import mixtures, verbs
 from mixtools.methods.quantize.mixtures import Mixture, choose, needs_imatrix
 from mixtools.methods.quantize.run import plan_file
@@ -292,5 +292,8 @@ def test_a_type_asked_for_twice_is_one(folder: Path, tmp_path: Path) -> None:
 def test_what_needs_an_importance_matrix(folder: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"--type {name} needs an importance matrix, as in llama.cpp .*blk.0.attn_"):
         mixtools.quantize(folder, tmp_path, type=[name], dry_run=True)
-    planned = mixtools.quantize(folder, tmp_path, type=[name], dry_run=True, imatrix="theirs.gguf")
+    with pytest.raises(InputError, match="does not exist"):
+        mixtools.quantize(folder, tmp_path, type=[name], dry_run=True, imatrix=tmp_path / "theirs.gguf")
+    (tmp_path / "theirs.gguf").touch()  # sizes do not depend on what it holds
+    planned = mixtools.quantize(folder, tmp_path, type=[name], dry_run=True, imatrix=tmp_path / "theirs.gguf")
     assert planned.document["files"][0]["type"] == name
