@@ -6,6 +6,7 @@
 #include "common.h"
 #include "decode.h"
 #include "encode.h"
+#include "feedback.h"
 #include "nonfinite.h"
 #include "transpose.h"
 
@@ -94,6 +95,30 @@ MIXTOOLS_EXPORT int mixtools_encode(const uint8_t* data, int64_t stride, int sou
         case AVX2: return lanes8::encode(source, block, out, threads) ? 0 : UNKNOWN;
         case AVX512:
         case AVX512_BF16: return lanes16::encode(source, block, out, threads) ? 0 : UNKNOWN;
+#endif
+    }
+    return UNKNOWN;
+}
+
+// Rounds a block of columns [columns, rows] one after the other, feeding back what each changed in its errors
+// (feedback.h). Strides are in items. table [count] and limits [count - 1], or null: the integers from `low` on.
+MIXTOOLS_EXPORT int mixtools_round_block(int64_t columns, int64_t rows, float* targets, int64_t target_stride,
+                                         const float* weights, int64_t weight_stride, float* errors,
+                                         int64_t error_stride, uint8_t* codes, int64_t code_stride,
+                                         const float* scales, int64_t scale_stride, const float* mins,
+                                         int64_t min_stride, const int32_t* group_of, const float* feedback,
+                                         int64_t feedback_stride, const float* table, const float* limits,
+                                         int32_t count, int32_t low, int64_t threads, int isa) {
+    if (columns > FEEDBACK_COLUMNS || count < 1 || count > 256) return UNKNOWN;
+    const FeedbackBlock block{columns, rows, {targets, target_stride}, {weights, weight_stride}, {errors, error_stride},
+                              {codes, code_stride}, {scales, scale_stride}, {mins, min_stride}, group_of,
+                              {feedback, feedback_stride}, {table, limits, count, low}};
+    switch (isa) {
+        case PLAIN: lanes4::round_block(block, threads); return 0;
+#if MIXTOOLS_X86
+        case AVX2: lanes8::round_block(block, threads); return 0;
+        case AVX512:
+        case AVX512_BF16: lanes16::round_block(block, threads); return 0;
 #endif
     }
     return UNKNOWN;

@@ -31,6 +31,7 @@ _LINE = 64  # bytes; results that start at a line are written past the caches
 _BUILD = "build it with `pip install .` (or `pip install -e .`) in mixtools' source tree; that needs a C++17 compiler"
 
 _pointer, _int, _int64, _uint32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_lines = [_pointer, _int64]  # and how far apart they lie
 _SIGNATURES: dict[str, tuple[type[Any], list[type[Any]]]] = {
     "mixtools_abi_version": (_int, []),
     "mixtools_best_isa": (_int, []),
@@ -41,6 +42,10 @@ _SIGNATURES: dict[str, tuple[type[Any], list[type[Any]]]] = {
         [_pointer, _int64, _int, _int64, _int64, _pointer, _int, _pointer, _int64, _int],
     ),
     "mixtools_decode": (_int, [_pointer, _int64, _pointer, _int64, _int64, _int64, _int, _int, _int64, _int]),
+    "mixtools_round_block": (
+        _int,
+        [_int64, _int64, *_lines * 6, _pointer, *_lines, _pointer, _pointer, _int, _int, _int64, _int],
+    ),
 }
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80, DType.F32: 0x7F800000}  # all set: NaN or infinity
 NATIVE = frozenset({  # the block types of ggml that the kernels encode and decode
