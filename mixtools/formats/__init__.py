@@ -12,33 +12,58 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .base import ByRows, Format, Packed, Part, Stored
+from .awq import Awq
+from .base import ByRows, Format, Packed, Part, Quantized, Stored
 from .factored import Factored
 from .ggml import Ggml
+from .gptq import Gptq
+from .int8 import Int8
+from .nf4 import Nf4
+from .packed import PackedInts
 from .plain import Plain
 
 __all__ = [
     "FORMATS",
     "SUFFIXES",
+    "Awq",
     "ByRows",
     "Factored",
     "Format",
     "Ggml",
+    "Gptq",
+    "Int8",
+    "Nf4",
     "Packed",
+    "PackedInts",
     "Part",
     "Plain",
+    "Quantized",
     "Stored",
     "claims",
     "detect",
+    "naming",
 ]
 
-FORMATS: Sequence[type[Format]] = (Factored, Ggml, Plain)  # the first that recognises what is stored is the one
+# the first that recognises what is stored is the one
+FORMATS: Sequence[type[Format]] = (Factored, Gptq, Awq, PackedInts, Nf4, Int8, Ggml, Plain)
 SUFFIXES = tuple(dict.fromkeys(suffix for kind in FORMATS for suffix in kind.suffixes))
 
 
-def detect(stored: Mapping[str, Stored]) -> Format | None:
-    """The format of a matrix, from its stored tensors by suffix; None where there are none that any format knows."""
-    return next((found for kind in FORMATS if (found := kind.detect(stored)) is not None), None)
+def detect(stored: Mapping[str, Stored], quantization: Mapping[str, Any] | None = None) -> Format | None:
+    """The format of a matrix, from its stored tensors by suffix and the `quantization_config` of its config.json.
+
+    None where there are no tensors that any format knows.
+    """
+    return next((found for kind in FORMATS if (found := kind.detect(stored, quantization or {})) is not None), None)
+
+
+def naming(fragment: Mapping[str, Any], plain: Sequence[str]) -> Mapping[str, Any]:
+    """A format's fragment of config.json, with the modules that stay plain where it has a list of those to pass over.
+
+    `plain`: names of linear modules, as the layout has them; a format knows none.
+    """
+    about = fragment.get("quantization_config", {})
+    return {**fragment, "quantization_config": {**about, "ignore": [*plain]}} if "ignore" in about else fragment
 
 
 def claims(quantization: Mapping[str, Any]) -> bool:

@@ -58,8 +58,11 @@ class Format(Protocol):
         ...
 
     @classmethod
-    def detect(cls, stored: Mapping[str, Stored]) -> Format | None:
-        """The format of what lies there, by suffix; None if it is another. A part may be missing but the first."""
+    def detect(cls, stored: Mapping[str, Stored], quantization: Mapping[str, Any]) -> Format | None:
+        """The format of what lies there, by suffix; None if it is another. A part may be missing but the first.
+
+        `quantization`: what config.json says of it, for what the parts do not tell; empty where it says nothing.
+        """
         ...
 
     @classmethod
@@ -74,6 +77,25 @@ class ByRows(Protocol):
 
     def decode_rows(self, bits: Bits) -> Bits:
         """Stored rows [rows, words] as dense ones [rows, columns] in the format's `dtype`."""
+        ...
+
+
+@runtime_checkable
+class Quantized(Format, Protocol):
+    """A format of fewer bits than its dense matrix has, whose dtype is a reader's choice."""
+
+    @property
+    def kind(self) -> str:
+        """By which checking knows what such an output may lose: "gptq" for its usual 4 bits, "gptq-8bit", ..."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """Bits, groups and what else a user should know of it, in a few words."""
+        ...
+
+    def to(self, dtype: DType) -> Format:
+        """The same, decoded to `dtype`: rounded once, to nothing else before."""
         ...
 
 

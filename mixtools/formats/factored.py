@@ -57,7 +57,7 @@ class Factored:
         return {"quantization_config": {"format": _ID, "about": about}}
 
     @classmethod
-    def detect(cls, stored: Mapping[str, Stored]) -> Factored | None:
+    def detect(cls, stored: Mapping[str, Stored], quantization: Mapping[str, Any]) -> Factored | None:
         a = "weight" if "weight" in stored else "weight_a"
         if a not in stored or ("weight_b" not in stored and a == "weight"):
             return None

@@ -7,7 +7,7 @@ that, rounded once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..storage.dtypes import ELEMENTS, DType
@@ -27,6 +27,17 @@ class Ggml:
 
     name: ClassVar[str] = "ggml"
     suffixes: ClassVar[tuple[str, ...]] = ("weight",)
+
+    @property
+    def kind(self) -> str:
+        return self.type.value
+
+    @property
+    def about(self) -> str:
+        return f"blocks of {self.type.block}"
+
+    def to(self, dtype: DType) -> Ggml:
+        return replace(self, dtype=dtype)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("weight", self.type, shape),)
@@ -51,7 +62,7 @@ class Ggml:
         return {}
 
     @classmethod
-    def detect(cls, stored: Mapping[str, Stored]) -> Ggml | None:
+    def detect(cls, stored: Mapping[str, Stored], quantization: Mapping[str, Any]) -> Ggml | None:
         found = stored.get("weight")
         return cls(found.dtype) if found is not None and found.dtype not in ELEMENTS else None
 

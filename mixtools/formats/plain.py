@@ -39,7 +39,7 @@ class Plain:
         return {}
 
     @classmethod
-    def detect(cls, stored: Mapping[str, Stored]) -> Plain | None:
+    def detect(cls, stored: Mapping[str, Stored], quantization: Mapping[str, Any]) -> Plain | None:
         return cls(stored["weight"].dtype) if "weight" in stored else None
 
     @classmethod

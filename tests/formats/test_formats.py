@@ -71,7 +71,7 @@ def test_each_knows_its_own_configuration() -> None:
     fragment = Factored(DType.BF16, 2).fragment()
     assert formats.claims(fragment["quantization_config"])
     assert "quant_method" not in fragment["quantization_config"]  # transformers must stop, not ignore one it lacks
-    for other in ({}, {"quant_method": "gptq"}, {"format": "pack-quantized"}, {"format": None}):
+    for other in ({}, {"quant_method": "hqq"}, {"format": "pack-quantized"}, {"format": None}):
         assert not formats.claims(other)
 
 

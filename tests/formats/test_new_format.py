@@ -48,18 +48,12 @@ class RowInt8:
         return {"quantization_config": {"quant_method": self.name}}
 
     @classmethod
-    def detect(cls, stored: Mapping[str, Stored]) -> RowInt8 | None:
+    def detect(cls, stored: Mapping[str, Stored], quantization: Mapping[str, Any]) -> RowInt8 | None:
         return cls(DType.BF16) if cls.suffixes[0] in stored else None
 
     @classmethod
     def claims(cls, quantization: Mapping[str, Any]) -> bool:
         return quantization.get("quant_method") == cls.name
-
-
-class LikeGptq(RowInt8):
-    """By a suffix that a folder is refused for as long as no format here knows it."""
-
-    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "scales")
 
 
 def encode(weight: Tensor, kind: type[RowInt8] = RowInt8) -> Packed:
@@ -94,19 +88,6 @@ def write(folder: Path, kind: type[RowInt8]) -> Path:
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     known(monkeypatch, RowInt8)
     return write(tmp_path, RowInt8)
-
-
-def test_a_suffix_of_gptq_s_is_read_once_a_format_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        known(patch, LikeGptq)
-        folder = write(tmp_path, LikeGptq)
-        found = open_checkpoint(folder)
-        slot = Slot(EXPERT[0], 0, 0)
-        assert found.format(slot) == LikeGptq(DType.BF16)
-        assert torch.equal(found.read(slot), encode(open_checkpoint(tmp_path / "a").read(slot), LikeGptq).dense)
-    make.write_json(folder / "config.json", DIMS.config())
-    with pytest.raises(LayoutError, match="GPTQ or AWQ"):
-        open_checkpoint(folder)
 
 
 def test_it_is_written_read_and_made_dense_again(written: Path, tmp_path: Path) -> None:

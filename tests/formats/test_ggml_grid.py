@@ -1,0 +1,332 @@
+"""Blocks of ggml as grids, against the decoders of the gguf package, and ggml's own bytes from our encoders."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from mixtools.errors import MixtoolsError, TensorError
+from mixtools.formats import ggml_grid
+from mixtools.ops.cpu import NATIVE
+from mixtools.ops.decode import decode
+from mixtools.ops.encode import encode
+from mixtools.storage.dtypes import DType
+
+TYPES = sorted(NATIVE, key=lambda type: type.value)
+WITH_SUBS = [type for type in TYPES if type.value.endswith("_K") or type is DType.IQ4_XS]
+F16 = {  # bytes of a block at which its f16 scales lie
+    DType.Q4_0: [0], DType.Q4_1: [0, 2], DType.Q5_0: [0], DType.Q5_1: [0, 2], DType.Q8_0: [0], DType.Q2_K: [80, 82],
+    DType.Q3_K: [108], DType.Q4_K: [0, 2], DType.Q5_K: [0, 2], DType.Q6_K: [208], DType.IQ4_NL: [0], DType.IQ4_XS: [0],
+    DType.MXFP4: [],
+}  # fmt: skip
+# 0, -0, the least, the largest below a normal one, the least normal one, the largest, 1
+EDGES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x8400, 0x7BFF, 0xFBFF, 0x3C00]
+COLS, SHAPE = 1280, (9, 1280)
+
+each_type = pytest.mark.parametrize("type", TYPES, ids=lambda type: type.value)
+each_with_subs = pytest.mark.parametrize("type", WITH_SUBS, ids=lambda type: type.value)
+
+
+def number(type: DType) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[type.value]
+
+
+def random_blocks(type: DType, seed: int = 0) -> np.ndarray:
+    """[9, bytes]: any bytes, but for scales that are finite, usual ones and extreme ones."""
+    random = np.random.default_rng(seed)
+    values, size = gguf.GGML_QUANT_SIZES[number(type)]
+    blocks = random.integers(0, 256, (SHAPE[0] * COLS // values, size), np.uint8)
+    scales = np.array([*range(0x0040, 0x2C00, 7), *range(0x8040, 0xAC00, 7), *EDGES * 50], np.uint16)
+    for at in F16[type]:
+        blocks[:, at : at + 2] = random.choice(scales, len(blocks)).view(np.uint8).reshape(-1, 2)
+    if type is DType.MXFP4:
+        blocks[:, 0] %= 255  # which is no number outside ggml
+        blocks[:10, 0] = range(10)
+    return blocks.reshape(SHAPE[0], -1)
+
+
+def random_codes(type: DType, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, len(ggml_grid.levels(type)), SHAPE).astype(np.uint8)
+
+
+def by_gguf(type: DType, blocks: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return gguf.quants.dequantize(np.ascontiguousarray(blocks), number(type))
+
+
+def values(type: DType, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """As the module's head says."""
+    scale, least = (np.repeat(part, ggml_grid.group(type), axis=1) for part in ggml_grid.grid(type, blocks))
+    with np.errstate(over="ignore"):
+        return scale * ggml_grid.levels(type)[codes] + least
+
+
+def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def rows(kind: str) -> np.ndarray:
+    random = np.random.default_rng(5)
+    normal = random.standard_normal(SHAPE).astype(np.float32)
+    return {
+        "normal": normal * np.float32(0.02),
+        "heavy": random.standard_t(2, SHAPE).astype(np.float32),
+        "outliers": np.where(random.random(SHAPE) < 0.01, 300, 0.1).astype(np.float32) * normal,
+        "tiny": normal * np.float32(1e-7),
+        "constant": np.broadcast_to(np.float32([0.3, -0.3, 1, -1, 1e-8, 7, 1e4, -2e-3, 0.5])[:, None], SHAPE).copy(),
+        "positive": np.abs(normal) + np.float32(0.1),
+        "zero": np.zeros(SHAPE, np.float32),
+    }[kind]
+
+
+def test_every_type_that_is_encoded_is_a_grid() -> None:
+    assert set(ggml_grid._KINDS) == NATIVE
+    for type in (DType.IQ2_XS, DType.F16):
+        with pytest.raises(MixtoolsError, match=f"{type.value} is no grid here"):
+            ggml_grid.levels(type)
+
+
+@each_type
+def test_levels_ascend_and_fill_the_codes_bits(type: DType) -> None:
+    levels = ggml_grid.levels(type)
+    assert levels.dtype == np.float32 and (np.diff(levels) > 0).all()
+    bits = {"MX": 4, "IQ": 4}.get(type.value[:2]) or int(type.value[1])
+    assert len(levels) == 2**bits - (type is DType.MXFP4)  # which has two zeros
+    if type.value[1] in "234568":
+        assert set(np.diff(levels)) == {1}
+    assert type.block % ggml_grid.group(type) == 0
+
+
+@each_type
+def test_value_is_scale_times_level_plus_minimum(type: DType) -> None:
+    blocks = random_blocks(type)
+    found = values(type, blocks, ggml_grid.codes(type, blocks))
+    assert_same_bits(found, by_gguf(type, blocks))
+    assert_same_bits(found, decode(blocks, type, DType.F32).view(np.float32))
+
+
+@each_type
+@pytest.mark.parametrize("kind", ["normal", "heavy", "outliers", "tiny", "constant", "positive", "zero"])
+def test_encoded_blocks_come_back_byte_for_byte(type: DType, kind: str) -> None:
+    blocks = encode(rows(kind), DType.F32, type)
+    codes = ggml_grid.codes(type, blocks)
+    assert codes.dtype == np.uint8 and codes.shape == SHAPE
+    assert ggml_grid.with_codes(type, blocks, codes).tobytes() == blocks.tobytes()
+    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
+    assert ggml_grid.with_supers(type, blocks, d, dmin).tobytes() == blocks.tobytes()
+    if type in WITH_SUBS:
+        assert ggml_grid.with_subs(type, blocks, scales, mins).tobytes() == blocks.tobytes()
+    assert_same_bits(values(type, blocks, codes), by_gguf(type, blocks))
+
+
+@each_type
+def test_any_bytes_come_back(type: DType) -> None:
+    """Nothing in a block is lost: no bit is unused. MXFP4's negative zero becomes the positive one, decoded alike."""
+    blocks = random_blocks(type, seed=3)
+    again = ggml_grid.with_codes(type, blocks, ggml_grid.codes(type, blocks))
+    if type is not DType.MXFP4:
+        np.testing.assert_array_equal(again, blocks)
+    else:
+        codes = np.stack((again.reshape(-1, 17)[:, 1:] & 15, again.reshape(-1, 17)[:, 1:] >> 4))
+        assert set(codes.ravel()) == set(range(16)) - {8}
+        np.testing.assert_array_equal(again.reshape(-1, 17)[:, 0], blocks.reshape(-1, 17)[:, 0])
+    assert_same_bits(by_gguf(type, again), by_gguf(type, blocks))
+
+
+@each_type
+def test_other_codes_are_put_in(type: DType) -> None:
+    blocks, codes = random_blocks(type), random_codes(type)
+    before = blocks.tobytes(), codes.tobytes()
+    new = ggml_grid.with_codes(type, blocks, codes)
+    assert (blocks.tobytes(), codes.tobytes()) == before and new.shape == blocks.shape
+    np.testing.assert_array_equal(ggml_grid.codes(type, new), codes)
+    assert_same_bits(by_gguf(type, new), values(type, blocks, codes))
+    for part, old in zip(ggml_grid.supers(type, new), ggml_grid.supers(type, blocks), strict=True):
+        assert (part is None and old is None) or part.tobytes() == old.tobytes()
+
+
+@each_type
+def test_scales_and_minima_are_products(type: DType) -> None:
+    blocks = random_blocks(type)
+    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
+    per = scales.shape[1] // d.shape[1]
+    scale, least = ggml_grid.grid(type, blocks)
+    assert scale.shape == least.shape == (SHAPE[0], COLS // ggml_grid.group(type))
+    assert d.shape == (SHAPE[0], COLS // type.block) and d.dtype == np.float32 and scales.dtype == np.int8
+    assert_same_bits(scale, np.repeat(d, per, axis=1) * scales)
+    if dmin is None:
+        assert mins is None and (least.view(np.uint32) == 0x80000000).all()  # -0: added, it changes nothing
+    else:
+        assert_same_bits(least, -(np.repeat(dmin, per, axis=1) * mins))
+    if type not in WITH_SUBS:
+        assert per == 1 and (scales == 1).all()
+
+
+@each_type
+def test_other_super_scales_are_put_in(type: DType) -> None:
+    blocks, codes = random_blocks(type), random_codes(type)
+    old = ggml_grid.supers(type, blocks)
+    random = np.random.default_rng(8)
+    d, dmin = random.standard_normal((2, *old.d.shape)).astype(np.float32)
+    given = (np.abs(d) if type is DType.MXFP4 else d), None if old.dmin is None else dmin
+    before = blocks.tobytes()
+    new = ggml_grid.with_supers(type, blocks, *given)
+    assert blocks.tobytes() == before
+    supers = ggml_grid.supers(type, new)
+    if type is DType.MXFP4:
+        assert (np.abs(supers.d - given[0]) <= np.minimum(np.abs(supers.d * 2 - given[0]), supers.d / 2)).all()
+        assert set(np.frexp(supers.d)[0].ravel()) == {0.5}
+    else:
+        assert_same_bits(supers.d, d.astype(np.float16).astype(np.float32))
+    if old.dmin is not None:
+        assert_same_bits(supers.dmin, dmin.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(supers.scales, old.scales)
+    np.testing.assert_array_equal(ggml_grid.codes(type, new), ggml_grid.codes(type, blocks))
+    assert_same_bits(by_gguf(type, ggml_grid.with_codes(type, new, codes)), values(type, new, codes))
+
+
+@each_with_subs
+def test_other_sub_scales_are_put_in(type: DType) -> None:
+    low, high = ggml_grid._KINDS[type].bounds
+    blocks, old = random_blocks(type), ggml_grid.supers(type, random_blocks(type))
+    random = np.random.default_rng(9)
+    scales, mins = random.integers(low, high, (2, *old.scales.shape), endpoint=True)
+    given = scales, None if old.mins is None else mins
+    assert {scales.min(), scales.max()} == {low, high}
+    before = blocks.tobytes()
+    new = ggml_grid.with_subs(type, blocks, *given)
+    assert blocks.tobytes() == before
+    found = ggml_grid.supers(type, new)
+    np.testing.assert_array_equal(found.scales, scales)
+    if old.mins is not None:
+        np.testing.assert_array_equal(found.mins, mins)
+    assert found.d.tobytes() == old.d.tobytes()
+    codes = ggml_grid.codes(type, blocks)
+    np.testing.assert_array_equal(ggml_grid.codes(type, new), codes)
+    assert_same_bits(by_gguf(type, new), values(type, new, codes))
+
+
+@each_type
+@pytest.mark.parametrize("strip", [1, 2 * COLS + 5, 1 << 18])
+def test_runs_and_places_of_rows_do_not_matter(type: DType, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, codes = random_blocks(type), random_codes(type)
+    expected = ggml_grid.codes(type, blocks), ggml_grid.with_codes(type, blocks, codes), ggml_grid.grid(type, blocks)
+    supers = ggml_grid.supers(type, blocks)
+    wide = np.full((SHAPE[0], blocks.shape[1] + 3), 0xA5, np.uint8)
+    wide[:, 1:-2] = blocks
+    wide.flags.writeable = False
+    place, upside = wide[:, 1:-2], np.asfortranarray(codes)
+    monkeypatch.setattr(ggml_grid, "_STRIP", strip)
+    np.testing.assert_array_equal(ggml_grid.codes(type, place), expected[0])
+    np.testing.assert_array_equal(ggml_grid.with_codes(type, place, upside), expected[1])
+    for part, other in zip(ggml_grid.grid(type, place), expected[2], strict=True):
+        assert_same_bits(part, other)
+    np.testing.assert_array_equal(ggml_grid.with_supers(type, place, supers.d, supers.dmin), blocks)
+
+
+@each_type
+@pytest.mark.parametrize("shape", [(0, COLS), (3, 0)])
+def test_nothing_is_nothing(type: DType, shape: tuple[int, int]) -> None:
+    blocks = np.empty((shape[0], type.row_bytes(shape[1])), np.uint8)
+    codes = ggml_grid.codes(type, blocks)
+    assert codes.shape == shape and ggml_grid.with_codes(type, blocks, codes).shape == blocks.shape
+    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
+    assert scales.shape == ggml_grid.grid(type, blocks)[0].shape == (shape[0], shape[1] // ggml_grid.group(type))
+    assert ggml_grid.with_supers(type, blocks, d, dmin).shape == blocks.shape
+    if type in WITH_SUBS:
+        assert ggml_grid.with_subs(type, blocks, scales, mins).shape == blocks.shape
+
+
+@each_type
+def test_scales_that_are_no_f16_are_refused(type: DType) -> None:
+    """A refit divides 0 by 0 where a block is zero; one NaN in a file makes NaN of every token."""
+    blocks = encode(rows("zero"), DType.F32, type)
+    good, dmin = ggml_grid.supers(type, blocks)[:2]
+    for wrong in (np.nan, np.inf, -np.inf, 65520.0, -65520.0) if F16[type] else (np.nan, np.inf, -1e-3, 2.0**126 * 1.5):
+        bad = good.copy()
+        bad[3, 1] = wrong
+        with pytest.raises(TensorError, match=r"^d of .*beyond"):
+            ggml_grid.with_supers(type, blocks, bad, dmin)
+        if dmin is not None:
+            with pytest.raises(TensorError, match=r"^dmin of .*beyond"):
+                ggml_grid.with_supers(type, blocks, good, bad)
+    largest = 65519.99 if F16[type] else 2.0**126 * 1.499
+    new = ggml_grid.with_supers(type, blocks, np.full_like(good, largest), dmin)
+    assert (ggml_grid.supers(type, new).d == (65504 if F16[type] else 2.0**126)).all()
+
+
+def test_what_is_below_mxfp4s_powers_takes_the_least() -> None:
+    blocks = random_blocks(DType.MXFP4)
+    d = ggml_grid.supers(DType.MXFP4, blocks).d.copy()
+    d[0, :6] = 0, 1e-45, 2.0**-128, 2.0**-127, 2.0**-128 * 1.5, 2.0**-128 * 1.49
+    new = ggml_grid.with_supers(DType.MXFP4, blocks, d)
+    np.testing.assert_array_equal(new.reshape(SHAPE[0], -1, 17)[0, :6, 0], [0, 0, 0, 1, 1, 0])
+
+
+@each_type
+def test_what_does_not_fit_is_refused(type: DType) -> None:
+    blocks, codes = random_blocks(type), random_codes(type)
+    supers = ggml_grid.supers(type, blocks)
+    for wrong in (blocks[:, :-1], blocks[0], blocks.astype(np.int8)):
+        with pytest.raises(MixtoolsError, match="bytes"):
+            ggml_grid.codes(type, wrong)
+        with pytest.raises(MixtoolsError, match="bytes"):
+            ggml_grid.grid(type, wrong)
+    for wrong in (codes[:, :-1], codes[:-1], codes.astype(np.int32)):
+        with pytest.raises(MixtoolsError, match="codes are as many uint8"):
+            ggml_grid.with_codes(type, blocks, wrong)
+    if len(ggml_grid.levels(type)) < 256:
+        codes[-1, -1] = len(ggml_grid.levels(type))
+        with pytest.raises(MixtoolsError, match=f"codes, and none is {codes[-1, -1]}"):
+            ggml_grid.with_codes(type, blocks, codes)
+    for wrong in (supers.d[:, 1:], supers.d.view(np.int32)):
+        with pytest.raises(MixtoolsError, match="d of .* is floats"):
+            ggml_grid.with_supers(type, blocks, wrong, supers.dmin)
+    with pytest.raises(MixtoolsError, match="dmin"):
+        ggml_grid.with_supers(type, blocks, supers.d, supers.d if supers.dmin is None else None)
+
+
+@each_type
+def test_sub_scales_that_do_not_fit_are_refused(type: DType) -> None:
+    blocks = random_blocks(type)
+    _, _, scales, mins = ggml_grid.supers(type, blocks)
+    if type not in WITH_SUBS:
+        with pytest.raises(MixtoolsError, match="no sub-scales"):
+            ggml_grid.with_subs(type, blocks, scales, mins)
+        return
+    low, high = ggml_grid._KINDS[type].bounds
+    for value in (low - 1, high + 1):
+        wrong = scales.astype(np.int64)
+        wrong[2, 3] = value
+        with pytest.raises(MixtoolsError, match=f"from {low} to {high}"):
+            ggml_grid.with_subs(type, blocks, wrong, mins)
+        if mins is not None:
+            with pytest.raises(MixtoolsError, match=f"from {low} to {high}"):
+                ggml_grid.with_subs(type, blocks, scales, wrong)
+    for wrong in (scales[:, 1:], scales.astype(np.float32)):
+        with pytest.raises(MixtoolsError, match="are integers"):
+            ggml_grid.with_subs(type, blocks, wrong, mins)
+    with pytest.raises(MixtoolsError, match="sub-minima"):
+        ggml_grid.with_subs(type, blocks, scales, scales if mins is None else None)
+
+
+@each_type
+def test_what_is_no_number_is_seen_in_the_grid(type: DType) -> None:
+    """As decode: no warning, and the caller finds it."""
+    for at in F16[type]:
+        for bits in (0x7C00, 0x7E00, 0x7C01):
+            blocks = random_blocks(type)
+            blocks[0, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
+            scale, least = ggml_grid.grid(type, blocks)
+            assert not (np.isfinite(scale[0]) & np.isfinite(least[0])).all()
+            assert np.isfinite(scale[1:]).all() and np.isfinite(least[1:]).all()
+
+
+def test_mxfp4s_last_exponent_is_read_as_ggml_does_and_not_written() -> None:
+    blocks = random_blocks(DType.MXFP4)
+    blocks[2, 17] = 255
+    assert_same_bits(values(DType.MXFP4, blocks, ggml_grid.codes(DType.MXFP4, blocks)), by_gguf(DType.MXFP4, blocks))
+    with pytest.raises(TensorError, match="beyond"):
+        ggml_grid.with_supers(DType.MXFP4, blocks, ggml_grid.supers(DType.MXFP4, blocks).d)
