@@ -19,6 +19,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # for readers of types; at run time __getattr__ finds them, and every method of methods/ besides
     from .api.converting import convert as convert
+    from .api.converting import expert_names as expert_names
     from .api.generating import generate as generate
     from .api.inspecting import inspect as inspect
     from .api.measuring import check as check
@@ -36,6 +37,7 @@ _FUNCTIONS = {
     "open": "hub.opening:open_model",
     "inspect": "api.inspecting:inspect",
     "convert": "api.converting:convert",
+    "expert_names": "api.converting:expert_names",
     "perplexity": "api.measuring:perplexity",
     "check": "api.measuring:check",
     "generate": "api.generating:generate",

@@ -16,6 +16,7 @@ from .scaling import RopeScaling, number, read_scaling
 
 DEFAULT_ROPE_THETA = 1e6  # the torrent's params.json omits it; 1e4, Llama's, ruins the model silently
 MAX_CONFIG_BYTES = 1 << 20
+QUANTIZE_CONFIG, QUANT_CONFIG = "quantize_config.json", "quant_config.json"  # auto-gptq's and autoawq's own
 
 # field -> (key in params.json, key in config.json); the two under "moe" may also stand at top level
 _KEYS: dict[str, tuple[str, str]] = {

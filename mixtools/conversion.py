@@ -17,10 +17,10 @@ import numpy as np
 from . import documents
 from .config import MixtralConfig
 from .errors import MixtoolsError, TensorError, UsageError
-from .formats import ByRows, Format, Packed, Plain
+from .formats import ByRows, Format, Packed, Plain, naming
 from .job import BARE, WITH_TORCH, Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
-from .layouts.hf import HF, HF_BIN, HF_FUSED
+from .layouts.hf import HF, HF_BIN, HF_FUSED, HF_V5
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Role, Slot
@@ -33,6 +33,9 @@ from .storage.store import CHUNK, Bits, from_tensor
 if TYPE_CHECKING:
     import torch
 
+LEGACY = "legacy"
+# who loads which: the README's table. Both have every matrix in a tensor of its own, or in parts of its own
+EXPERT_NAMES = {LEGACY: HF, "v5": HF_V5}
 DTYPES = {"bf16": DType.BF16, "f16": DType.F16, "f32": DType.F32}
 
 
@@ -46,12 +49,13 @@ def compute_dtype(name: str) -> torch.dtype | None:
 @dataclass(frozen=True)
 class Options:
     """`dtype` "keep" copies bit patterns; `max_shard_bytes` bounds a shard of layout D; with `keep_tied`
-    a head that is the embedding has no tensor of its own there.
+    a head that is the embedding has no tensor of its own there. `expert_names`: a key of EXPERT_NAMES.
     """
 
     dtype: str = "keep"
     max_shard_bytes: int = 5_000_000_000
     keep_tied: bool = False
+    expert_names: str = LEGACY
 
 
 class Work(NamedTuple):
@@ -94,13 +98,30 @@ def plan_hf(source: Checkpoint, options: Options, changes: Changes | None = None
     formats = {**_plain(source, options), **changes.formats}
     if options.keep_tied and not source.tied:
         raise UsageError("--keep-tied: head and embedding of this model are two tensors", file=source.folder)
-    layout = HF.sharing(Role.HEAD, Role.EMBED) if options.keep_tied else HF
+    layout = expect_names(options.expert_names)
+    layout = layout.sharing(Role.HEAD, Role.EMBED) if options.keep_tied else layout
     tensors = stored_tensors(layout, source.config, formats)
     cast_to = DTYPES[options.dtype].torch_name if options.dtype != "keep" else None
-    fragments = (format.fragment() for format in formats.values())
+    plain = _plain_modules(layout, source.config, formats)
+    fragments = (naming(format.fragment(), plain) for format in dict.fromkeys(formats.values()))
     beside = documents.for_hf(source, cast_to, _main_dtype(tensors).torch_name, fragments, options.keep_tied)
-    job = _job(source, layout, options, plan_for(HF, tensors, options.max_shard_bytes), Changes(formats, changes.work))
+    target = plan_for(layout, tensors, options.max_shard_bytes)
+    job = _job(source, layout, options, target, Changes(formats, changes.work))
     return replace(job, **vars(beside))
+
+
+def expect_names(spelling: str) -> Layout:
+    """The layout of Hugging Face's with so spelled experts. Raises UsageError for a spelling that there is not."""
+    if spelling not in EXPERT_NAMES:
+        raise UsageError(f"expert names: {spelling!r} is not one of {', '.join(EXPERT_NAMES)}")
+    return EXPERT_NAMES[spelling]
+
+
+def _plain_modules(layout: Layout, config: MixtralConfig, formats: Mapping[Slot, Format]) -> list[str]:
+    """Names of the linear modules that are not quantized: routers and the head, and what a method leaves."""
+    linear = (slot for slot in config.slots() if slot.role is not Role.EMBED and len(config.shape(slot.role)) == 2)
+    pieces = (layout.piece(slot, config) for slot in linear if isinstance(formats[slot], Plain))
+    return [piece.name.removesuffix(".weight") for piece in pieces]
 
 
 def plan_torrent(source: Checkpoint, options: Options, *, safetensors: bool) -> Job:
@@ -151,7 +172,7 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
         return slot_unit(layout, slot, source.config, target, lambda: _blocks(source, layout, slot, dtype))
 
     def units(output: Output) -> list[Unit]:
-        made = {work.slots[0]: _work_unit(work, source.config, formats) for work in changes.work(output)}
+        made = {work.slots[0]: _work_unit(work, layout, source.config, formats) for work in changes.work(output)}
         anew = {slot for unit in made.values() for slot in unit.slots}
         told = {region for unit in made.values() for region in unit.regions}
         copied = {slot: copy(slot) for slot in source.slots() if slot not in anew}
@@ -161,7 +182,8 @@ def _job(source: Checkpoint, layout: Layout, options: Options, target: plan.Plan
                 made[slot] = unit
         return [made[slot] for slot in source.slots() if slot in made]
 
-    told = {name: value for name, value in asdict(options).items() if name != "keep_tied" or value}
+    usual = {"keep_tied": False, "expert_names": LEGACY}  # as before there was a choice
+    told = {name: value for name, value in asdict(options).items() if name not in usual or value != usual[name]}
     record = {"layout": layout.name, "options": told}
     casts = any(formats[slot].dtype is not source.spec(slot).dtype for slot in source.slots())
     torchless = all(isinstance(source.format(slot), ByRows) for slot in source.slots())
@@ -178,9 +200,9 @@ def inputs_of(source: Checkpoint) -> Inputs:
     return Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
 
 
-def _work_unit(work: Work, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:
+def _work_unit(work: Work, layout: Layout, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:
     """A method's own, in layout D, where each slot is a tensor, or several, to itself."""
-    pieces = {slot: HF.piece(slot, config) for slot in work.slots}
+    pieces = {slot: layout.piece(slot, config) for slot in work.slots}
     names = [piece.part(part.suffix) for slot, piece in pieces.items() for part in formats[slot].parts(piece.shape)]
 
     def make(output: Output) -> Iterator[Iterator[Bits]]:
@@ -209,7 +231,7 @@ def plan_for(layout: Layout, tensors: Sequence[plan.Shape], max_shard_bytes: int
 
     Raises UsageError for A', which is no file of its own: write A and cut the file.
     """
-    if layout in (HF, HF_FUSED):
+    if layout.letter in (HF.letter, HF_FUSED.letter):
         return plan.sharded_safetensors(tensors, max_shard_bytes)
     if layout is HF_BIN:
         return plan.sharded_torch_zips(tensors, max_shard_bytes)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from . import formats
-from .config import load_object
+from .config import QUANT_CONFIG, QUANTIZE_CONFIG, load_object
 from .errors import InputError, TokenizerError
 from .layouts.checkpoint import Checkpoint
 from .storage.output import Document
@@ -34,12 +34,14 @@ _WEIGHTS = re.compile(  # and what training leaves behind
     r".*\.(safetensors|bin|pth|pt|gguf|ggml|ggmf|h5|msgpack|onnx|ot|ckpt|pkl|pickle|incomplete|part|lock)"
     r"|.*\.(safetensors|bin)\.index\.json|.*\.pth-split\d+"
 )
-_OURS = re.compile(r"mixtools(-check)?\.json|recipe\.yaml|laser-report\..*")  # they tell of other bytes
+# they tell of other bytes
+_OURS = re.compile(r"mixtools(-check)?\.json|recipe\.yaml|laser-report\..*|(.*\.)?quantize-report\..*")
 _TORRENT = frozenset({"params.json", "RELEASE"})
 _HF = frozenset(
     {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     | {"added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"}
 )
+_QUANTIZED = frozenset({QUANTIZE_CONFIG, QUANT_CONFIG, "quantization_config.json"})  # AutoRound's is the last
 _IMAGE = re.compile(r"[^\s()\[\]\"'<>]+?\.(?:png|jpe?g|gif|webp|svg|avif)", re.IGNORECASE)
 _V5_TOKENIZER_CLASS = "TokenizersBackend"  # transformers 4 knows no such class
 
@@ -70,13 +72,14 @@ def for_hf(
     """`dtype`: what the weights were cast to, None where they were kept; `torch_dtype`: what most of them are.
 
     `fragments`: what the formats of the weights add to the configuration; `keep_tied`: a tied head has no tensor.
-    Raises TokenizerError, ConfigError or
-    InputError for a document that cannot be read or converted.
+    Raises TokenizerError, ConfigError or InputError for a document that cannot be read or converted.
     """
-    files, notes = carried(source.beside, without=_TORRENT | {"config.json"})
+    files, notes = carried(source.beside, without=_TORRENT | _QUANTIZED | {"config.json"})
     config = hf_config(source, dtype, torch_dtype)
     for fragment in fragments:
         config |= fragment
+    if formats.Gptq.claims(about := config.get("quantization_config") or {}):
+        files[QUANTIZE_CONFIG] = _json(about)  # auto-gptq opens it without asking whether it is there
     if not is_hf(source):
         files |= {"generation_config.json": _json({"bos_token_id": 1, "eos_token_id": 2})}
     elif (path := source.beside / "tokenizer_config.json").is_file():
@@ -107,6 +110,8 @@ def hf_config(source: Checkpoint, dtype: str | None, torch_dtype: str) -> dict[s
     config = dict(source.document)
     if isinstance(found := config.get("quantization_config"), Mapping) and formats.claims(found):
         del config["quantization_config"]
+    if source.about:  # its dtype is that of the model before, which the matrices are not decoded to
+        dtype = torch_dtype
     for key in ("torch_dtype", "dtype"):
         if key in config and dtype is not None:
             config[key] = dtype
@@ -140,7 +145,7 @@ def for_version_4(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def for_torrent(source: Checkpoint) -> Documents:
     """params.json, tokenizer.model, and what is no document of Hugging Face's. Raises as `for_hf`."""
-    files, notes = carried(source.beside, without=_HF | {"params.json"})
+    files, notes = carried(source.beside, without=_HF | _QUANTIZED | {"params.json"})
     model = model_file(source.beside)
     if model is not None:  # published only once it is known to be one
         read_pieces(read_model(model), model)
@@ -194,7 +199,9 @@ def _expect_tokenizer(folder: Path, model: Path | None) -> None:
         sentencepiece_encoder(read_model(model), model)
 
 
-def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], tuple[str, ...]]:
+def carried(
+    folder: Path, without: Iterable[str], ours: re.Pattern[str] = _OURS
+) -> tuple[dict[str, Document], tuple[str, ...]]:
     """Files of a checkpoint's folder to copy as they are, and notes on those that are not.
 
     All but weights, hidden files, what mixtools tells of its own outputs, and the names `without`; of folders in it
@@ -205,7 +212,7 @@ def carried(folder: Path, without: Iterable[str]) -> tuple[dict[str, Document], 
     found: dict[str, Document] = {}
     for path in sorted(folder.iterdir()):
         name = path.name
-        if name in left or name.startswith(".") or _WEIGHTS.fullmatch(name) or _OURS.fullmatch(name):
+        if name in left or name.startswith(".") or _WEIGHTS.fullmatch(name) or ours.fullmatch(name):
             continue
         if path.is_dir():
             continue

@@ -16,6 +16,7 @@ VERBS = {
     "convert torrent-to-hf": Entry("api.converting:torrent_to_hf", "api.converting:preflight"),
     "convert to-hf": Entry("api.converting:to_hf", "api.converting:preflight"),
     "convert hf-to-torrent": Entry("api.converting:hf_to_torrent"),
+    "convert expert-names": Entry("api.converting:expert_names", "api.converting:preflight_names"),
     "convert gguf-upgrade": Entry("api.converting:gguf_upgrade"),
     "perplexity": Entry("api.measuring:perplexity"),
     "check": Entry("api.measuring:check", "api.measuring:preflight"),

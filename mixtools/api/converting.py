@@ -110,6 +110,32 @@ def hf_to_torrent(
     )  # fmt: skip
 
 
+def expert_names(
+    source: Source, out: Out, *,
+    to: Annotated[str, Option("legacy|v5", "block_sparse_moe.experts.X.w1, or mlp.experts.X.gate_proj.")],
+    dry_run: DryRun = False, resume: Resume = True, overwrite: Overwrite = False,
+    jobs: Jobs = 2, max_memory: MaxMemory = None, device: Device = "auto",
+    progress: Progress | Callback | None = None,
+) -> Written | Forecast:  # fmt: skip
+    """A Hugging Face folder with its experts under other names, quantized or not; no byte of a tensor changes.
+
+    Example: mixtools convert expert-names Mixtral-8x7B-GPTQ Mixtral-8x7B-GPTQ-v5 --to v5
+
+    legacy is what vLLM, auto-gptq and autoawq take, v5 what GPTQModel takes. Files, shards and documents stay as they
+    are; what config.json says of modules by their names is re-spelled along.
+    """
+    from ..hub.opening import open_model
+    from ..job import Run
+    from ..respelling import plan_respelled
+    from ..writing import write
+
+    check_device(device)
+    limit = parse_limit(max_memory)
+    checkpoint = open_model(source)
+    how = Run(overwrite, resume, jobs, watched(progress))
+    return write(plan_respelled(checkpoint, to), checkpoint, Path(out), how, limit=limit, dry_run=dry_run)
+
+
 def gguf_upgrade(
     source: Annotated[str | Path | Checkpoint, Option("OLD", "The file, or its first part.", argument=True, key="src")],
     out: Annotated[str | Path, Option("NEW", "File to write, NEW.gguf.", argument=True)], *,
@@ -143,6 +169,13 @@ def _upgrade(source: Checkpoint, out: Path, how: Run, limit: int | None, dry_run
 def preflight(max_shard_size: str | int = 0, **_: Any) -> None:
     """Raises UsageError for values that a command would refuse."""
     parse_size(max_shard_size, "max_shard_size")
+
+
+def preflight_names(to: str, **_: Any) -> None:
+    """Raises UsageError for a spelling that there is not."""
+    from ..conversion import expect_names
+
+    expect_names(to)
 
 
 def _of_layout(source: Source, letters: tuple[str, ...], otherwise: str) -> Checkpoint:

@@ -60,6 +60,8 @@ class Inspection(Result):
             yield "  head and embedding are one tensor (tied)"
         covered = f"{document['checksums']} of {document['tensors']} tensors carry a checksum"
         yield f"  {len(document['files'])} files; {covered}"
+        for quantized in document["quantized"]:
+            yield f"  matrices as {quantized}"
         for tensor in document.get("tensors_list", ()):
             shape = "x".join(map(str, tensor["shape"]))
             yield f"  {tensor['name']:<60} {tensor['dtype']:>5} {shape:>14}  {human_bytes(tensor['bytes'])}"

@@ -94,9 +94,10 @@ def perplexity(
     from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.stream import Stream
+    from ..text.reading import line_ends, read_text
     from ..text.tokenizer import Tokenizer
 
-    content = engine.read_text(Path(text))
+    content = read_text(Path(text))
     checkpoint, rerouted = with_experts(open_model(model), experts_per_token)
     tokenizer = Tokenizer.from_folder(checkpoint.beside)
     remark = tokenizer.check_vocab(checkpoint.config)
@@ -110,7 +111,7 @@ def perplexity(
     )  # fmt: skip
     found = engine.measure(stream, windows, engine.spell(tokenizer, ids, windows)).document()
     checkpoint.finish()
-    remarks = [told for told in (rerouted, engine.line_ends(content), *found["remarks"]) if told]
+    remarks = [told for told in (rerouted, line_ends(content), *found["remarks"]) if told]
     notes = (*checkpoint.remarks, *([remark] if remark else []))
     return Measured(**{**found, "remarks": tuple(remarks)}, notes=notes)
 

@@ -169,10 +169,17 @@ def _is_meant(key: str, a: object, b: object, source: Checkpoint, output: Checkp
     if key == "dtype":  # a cast means its own
         return source.main_dtype() is not output.main_dtype() and b == output.main_dtype().torch_name
     if key == "quantization_config":
-        return all(value is None or (isinstance(value, Mapping) and formats.claims(value)) for value in (a, b))
+        known = a is None or (isinstance(a, Mapping) and formats.claims(a))
+        return known and (b is None or _tells(b, output))
     if key == "tie_word_embeddings":  # written apart, or the source's head was not the embedding in spite of it
         return a is True and b is False
     return False
+
+
+def _tells(quantization: object, of: Checkpoint) -> bool:
+    """Whether it is that of matrices which are there: loaders stumble over one without them."""
+    there = {type(of.format(slot)) for slot in of.slots()}
+    return isinstance(quantization, Mapping) and any(kind.claims(quantization) for kind in there)
 
 
 def _generation(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from ..inference import budget
 from ..inference.generate import EOS, Options, generate
 from ..inference.model import Mixtral
 from ..inference.stream import Stream
+from ..text.reading import read_text
 from .parity import Forced
-from .perplexity import read_text
 
 MODES = ("auto", "greedy", "text")
 PROMPTS, PROMPT_TOKENS = 8, 64  # taken from the text where no prompts are given

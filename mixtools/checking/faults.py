@@ -17,6 +17,7 @@ TWICE = (
 )
 RESHAPED = "w2 was reshaped where it had to be transposed"
 TRANSPOSED = "the matrix is transposed"
+SAME_SIGNS = 0.75  # share among a matrix's values and their quantized selves' it is above, of unrelated ones near 0.5
 _ALIKE = 0.7  # cosine of a row and itself in one bit a weight or more; of unrelated rows it is near 0
 
 
@@ -55,6 +56,23 @@ def nearest(found: Tensor, among: Mapping[Slot, Tensor]) -> Slot | None:
     likeness = {slot: float((found * rows).sum(1).min()) for slot, rows in among.items() if rows.shape == found.shape}
     best = max(likeness, key=likeness.__getitem__, default=None)
     return best if best is not None and likeness[best] > _ALIKE else None
+
+
+def same_signs(one: Tensor, other: Tensor) -> float:
+    """Share of the values with the same sign in both, of those that are 0 in neither; 1 where there are none.
+
+    Smoothing multiplies rows and columns by positive factors, which changes no sign, whatever it does to the values.
+    """
+    there = (one != 0) & (other != 0)
+    count = int(there.sum())
+    return int(((one > 0) == (other > 0)).logical_and_(there).sum()) / count if count else 1.0
+
+
+def nearest_by_signs(found: Tensor, among: Mapping[Slot, Tensor]) -> Slot | None:
+    """Whose rows have the signs that those of `found` have, as a matrix and its smoothed self do; None if nobody's."""
+    likeness = {slot: same_signs(found, rows) for slot, rows in among.items() if rows.shape == found.shape}
+    best = max(likeness, key=likeness.__getitem__, default=None)
+    return best if best is not None and likeness[best] > SAME_SIGNS else None
 
 
 def fingerprint(tensor: Tensor) -> bytes:

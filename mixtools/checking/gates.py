@@ -53,6 +53,9 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "nf4": _FOUR_BITS,
     "gptq": _FOUR_BITS,
     "awq": _FOUR_BITS,
+    "compressed-tensors": _FOUR_BITS,
+    "gptq-8bit": _SIX_BITS,
+    "compressed-tensors-8bit": _SIX_BITS,
     "Q3_K_M": {"ppl_ratio": 1.08, "kld_mean": 0.10},
 }
 

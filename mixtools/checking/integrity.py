@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ConfigError, Interrupted, MixtoolsError, TensorError
 from ..formats import Ggml
 from ..inference.budget import stored_bytes
-from ..layouts.checkpoint import expected_tensors
+from ..layouts.checkpoint import Expected, expected_tensors, unknown_tensors
 from ..names import Slot
 from ..ops import cpu
 from ..progress import Progress, Silent
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from ..layouts.reader import Reader
 
 JOBS = 2
-_UNRELATED = 0.8  # relative error; that of one bit a weight is about 0.6, of another tensor 1.4
+_UNRELATED = 0.8  # relative error; that of one bit a weight is about 0.6, of another tensor 1.4 ...
+_RESCALED = 2.0  # ... and of columns that were scaled any
 WORST = 20  # tensors that a document lists
 _SIGNED = {2: "int16", 4: "int32", 8: "int64"}
 
@@ -48,6 +49,7 @@ class Difference:
     slot: Slot
     relative_error: float  # of the Frobenius norms; inf where the output holds NaN or Inf
     fault: str | None = None  # the classic fault that explains it
+    same_signs: float = 1.0  # share of a matrix's values; smoothing may change all of them and hardly a sign
 
 
 @dataclass
@@ -61,7 +63,12 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         worst = [
-            {"tensor": str(found.slot), "relative_error": found.relative_error, "fault": found.fault}
+            {
+                "tensor": str(found.slot),
+                "relative_error": found.relative_error,
+                "same_signs": found.same_signs,
+                "fault": found.fault,
+            }
             for found in self.differences[:WORST]
         ]
         counts = {"identical": self.identical, "cast": self.cast, "different": len(self.differences)}
@@ -72,7 +79,8 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `inspect` and `check` say of a checkpoint."""
     store = checkpoint.store
     sizes = {path.name: path.stat().st_size for source in store.sources for path in source.paths}
-    found = expected_tensors(checkpoint.layout, checkpoint.config, store).keys()
+    found = expected_tensors(checkpoint.layout, checkpoint.config, store, checkpoint.about)
+    quantized = checkpoint.quantized() if checkpoint.gguf is None else []
     return {
         "path": str(checkpoint.place),
         "layout": checkpoint.layout.name,
@@ -85,10 +93,19 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes_by_dtype": {dtype.value: count for dtype, count in checkpoint.bytes_by_dtype().items()},
         "quantization": checkpoint.quantization,
         "checksums": sum(entry.record is not None for entry in store.entries.values()),
-        "missing": sorted(found - store.entries.keys()),
-        "unknown": sorted(name for name in store.entries.keys() - found if not checkpoint.layout.ignores(name)),
+        "quantized": [f"{format.name}: {format.about}" for format in quantized],
+        "missing": sorted(found.keys() - store.entries.keys()),
+        "unknown": sorted(_unknown(checkpoint, found)),
         "files": sizes,
     }
+
+
+def _unknown(checkpoint: Checkpoint, expected: Expected) -> list[str]:
+    try:
+        return unknown_tensors(checkpoint.layout, checkpoint.store, expected)
+    except MixtoolsError:  # a bias that cannot be read, which the checkpoint's problems tell
+        ignores = checkpoint.layout.ignores
+        return [name for name in checkpoint.store.entries.keys() - expected.keys() if not ignores(name)]
 
 
 def verify(checkpoint: Checkpoint, progress: Progress | None = None, jobs: int = JOBS) -> list[MixtoolsError]:
@@ -210,12 +227,14 @@ def compare(
             return verdict
         suspects[slot] = faults.fingerprint(theirs)
         apart = relative_error(ours, theirs)
-        fault = faults.reordered(slot, wanted, theirs, source.config.head_dim)
-        if fault is None and apart > _UNRELATED:  # quantized, or of low rank, and wrong besides
-            fault = faults.reordered(
-                slot, wanted, theirs, source.config.head_dim, lambda a, b: relative_error(a, b) < apart / 2
-            )
-        return Difference(slot, apart, fault)
+        signs = faults.same_signs(wanted, theirs) if wanted.ndim > 1 else 1.0
+        alike: list[Callable[[torch.Tensor, torch.Tensor], bool]] = [torch.equal]
+        if signs < faults.SAME_SIGNS:  # quantized, smoothed maybe, and wrong besides
+            alike.append(lambda a, b: faults.same_signs(a, b) > faults.SAME_SIGNS)
+            if _UNRELATED < apart < _RESCALED:  # of low rank, and wrong besides
+                alike.append(lambda a, b: relative_error(a, b) < apart / 2)
+        found = (faults.reordered(slot, wanted, theirs, source.config.head_dim, same) for same in alike)
+        return Difference(slot, apart, next(filter(None, found), None), signs)
 
     for found in _parallel(one, slots, jobs):
         if isinstance(found, MixtoolsError):
@@ -241,15 +260,23 @@ def _misplaced(
     from . import faults
 
     theirs, near = output.read(found.slot), other is None
-    if near and found.relative_error > _UNRELATED and found.slot in rows:
-        other = faults.nearest(faults.rows(theirs), rows)
+    smoothed = False
+    if near and found.same_signs < faults.SAME_SIGNS:
+        some = faults.rows(theirs)
+        other = faults.nearest_by_signs(some, rows)
+        smoothed = other is not None
+        if not smoothed and found.relative_error > _UNRELATED:
+            other = faults.nearest(some, rows)
     if other is None or other == found.slot:
         return found
     ours = source.read(other)
-    same = relative_error(ours, theirs) < found.relative_error / 2 if near else same_bits(ours.to(theirs.dtype), theirs)
-    if not same:
-        return found
-    return Difference(found.slot, found.relative_error, f"holds the source's {other}")
+    if smoothed:
+        same = faults.same_signs(ours, theirs) > faults.SAME_SIGNS
+    elif near:
+        same = relative_error(ours, theirs) < found.relative_error / 2
+    else:
+        same = same_bits(ours.to(theirs.dtype), theirs)
+    return replace(found, fault=f"holds the source's {other}") if same else found
 
 
 def _fault_problems(differences: Iterable[Difference], file: object) -> list[MixtoolsError]:

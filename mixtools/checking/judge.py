@@ -17,9 +17,10 @@ from ..errors import ConfigError, InputError, MixtoolsError, TokenizerError, Usa
 from ..inference.stream import Stream
 from ..machine import peak_memory
 from ..progress import Progress, Silent
+from ..text.reading import line_ends, read_text
 from ..text.tokenizer import Tokenizer, has_tokenizer
 from . import beside, continuations, gates, integrity, parity
-from .perplexity import Windows, cut, line_ends, read_text
+from .perplexity import Windows, cut
 
 if TYPE_CHECKING:
     import torch

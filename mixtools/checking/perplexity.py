@@ -21,7 +21,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -128,31 +127,6 @@ class Perplexity:
 def stderr(values: Tensor) -> float:
     """Standard error of the mean of values [n]; 0 for a single one."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, exactly. Raises InputError if it cannot be read, is empty, or is not UTF-8."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}", file=path
-        ) from None
-    if not text.strip():
-        raise InputError("holds no text", file=path)
-    return text
-
-
-def line_ends(text: str) -> str | None:
-    """A remark about a text from Windows: the same words have another perplexity, and the text does not show why."""
-    if "\r\n" not in text:
-        return None
-    return (
-        "the text has Windows line ends (CRLF): other tokens, and other figures than the same text without; convert it "
-        "with tr -d '\\r' < FILE > NEW"
-    )
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int], windows: Windows) -> Spelled:

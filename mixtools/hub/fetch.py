@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import HubError, InputError, LayoutError
-from ..layouts.families import ADAPTER_CONFIG, FAMILIES, adapter_error, family_files, find
+from ..layouts.families import ADAPTER_CONFIG, adapter_error, families, family_files, find
 from ..layouts.gguf_files import files_of, is_gguf, only_gguf, parts_among
 from . import cache
 
@@ -103,8 +103,10 @@ def choose(names: list[str], repository: str) -> list[str]:
 
     Where one file is a checkpoint by itself, its family's shards and index stay away, as they would not be read.
     """
-    order = sorted(FAMILIES, key=lambda family: ("safetensors" not in family.pattern, family.config != "config.json"))
-    others = {name for family in FAMILIES for name in (family.config, family.index_name)}
+    order = sorted(
+        families(names), key=lambda family: ("safetensors" not in family.pattern, family.config != "config.json")
+    )
+    others = {name for family in order for name in (family.config, family.index_name)}
     for family in order:
         weights = [name for name in family_files(family, names) if name != family.index_name]
         if weights:

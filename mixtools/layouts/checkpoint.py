@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
-from ..formats import SUFFIXES, ByRows, Format, Ggml, Part, Plain, Stored, detect
+from ..formats import SUFFIXES, ByRows, Format, Ggml, Part, Plain, Quantized, Stored, detect
 from ..names import Role, Slot
-from ..storage.dtypes import ELEMENTS, WEIGHT_DTYPES, DType
+from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import CHUNK, Bits, Entry, Store, from_tensor, to_tensor
 from .gguf import About
 from .reader import Spec
@@ -33,8 +33,9 @@ class Checkpoint:
 
     `problems` is empty unless it was opened leniently. `document`: config.json or params.json as it lies there, with
     all that `config` does not know. `tied`: head and embedding are the same, whether one of them is stored or both;
-    reading either gives the tensor. `remarks`: what a user should know and need not mend. `dense`: what blocks are
-    decoded to. `gguf`: of a GGUF its file type and metadata.
+    reading either gives the tensor. `remarks`: what a user should know and need not mend. `dense`: what quantized
+    matrices are decoded to, None for what their format usually gives. `gguf`: of a GGUF its file type and metadata.
+    `about`: what its documents say of a quantization, as quantization_config.
     """
 
     folder: Path
@@ -45,8 +46,9 @@ class Checkpoint:
     document: Mapping[str, Any] = field(default_factory=dict)
     tied: bool = False
     remarks: tuple[str, ...] = ()
-    dense: DType = DType.BF16
+    dense: DType | None = None
     gguf: About | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def slots(self) -> Iterator[Slot]:
         return self.config.slots()
@@ -66,9 +68,9 @@ class Checkpoint:
     def format(self, slot: Slot) -> Format:
         """How the slot is stored. Raises LayoutError if it is not."""
         piece = self.piece(slot)
-        if (found := _format(piece, self.store)) is None:
+        if (found := _format(piece, self.store, self.about)) is None:
             raise LayoutError("is missing", file=self.place, tensor=piece.name)
-        return replace(found, dtype=self.dense) if isinstance(found, Ggml) else found
+        return found if self.dense is None or not isinstance(found, Quantized) else found.to(self.dense)
 
     def piece(self, slot: Slot) -> Piece:
         return self.layout.piece(slot, self.config)
@@ -121,9 +123,18 @@ class Checkpoint:
             format.decode_rows(bits, out[at - start : end - start])
 
     def _decoded(self, slot: Slot, max_bytes: int, granule: int) -> Iterator[Bits]:
-        """As `blocks`, of a matrix in another format: decoded whole, so that blocks do not change a bit."""
+        """As `blocks`, of a matrix in another format: decoded whole, so that blocks do not change a bit.
+
+        Raises TensorError for parts that contradict each other.
+        """
         format = self.format(slot)
-        dense = format.decode([self._tensor(entry) for entry in self.parts(slot)])
+        try:
+            dense = format.decode([self._tensor(entry) for entry in self.parts(slot)])
+        except TensorError as error:
+            raise TensorError(
+                error.message, file=self.entry(slot).source.label, tensor=self.piece(slot).name,
+                expected=error.expected, found=error.found,
+            ) from None  # fmt: skip
         bits = to_canonical(self.piece(slot).op, from_tensor(dense), self.config.head_dim)
         for part in _parts(len(bits), bits.shape[1] * format.dtype.itemsize, max_bytes, granule):
             yield bits[part]
@@ -172,10 +183,18 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The file type of a GGUF whose weights lie in blocks; None for a dense checkpoint."""
-        if self.gguf is None or all(entry.dtype in ELEMENTS for entry in self.store.entries.values()):
-            return None
-        return self.gguf.file_type
+        """The file type of a GGUF whose weights lie in blocks, or the kind of most matrices; None for a dense one."""
+        found = self.quantized()
+        return None if not found else self.gguf.file_type if self.gguf is not None else found[0].kind
+
+    def quantized(self) -> list[Quantized]:
+        """The quantized formats in it, that of most matrices first."""
+        counts: Counter[Quantized] = Counter()
+        for slot in self.slots():
+            found = _format(self.piece(slot), self.store, self.about)
+            if isinstance(found, Quantized):
+                counts[found] += 1
+        return [format for format, _ in counts.most_common()]
 
     def main_dtype(self) -> DType:
         """Of the dense weights, that of most bytes."""
@@ -197,31 +216,67 @@ def _parts(rows: int, row_bytes: int, max_bytes: int, granule: int) -> Iterator[
     return (slice(at, at + step) for at in range(0, rows, step))
 
 
-def _format(piece: Piece, store: Store) -> Format | None:
+def _format(piece: Piece, store: Store, about: Mapping[str, Any]) -> Format | None:
     """How what the piece names is stored; None if it is not there."""
     names = {suffix: piece.part(suffix) for suffix in SUFFIXES}
     there = {suffix: store.entries[name] for suffix, name in names.items() if name in store.entries}
-    return detect({suffix: Stored(entry.dtype, entry.shape) for suffix, entry in there.items()})
+    return detect({suffix: Stored(entry.dtype, entry.shape) for suffix, entry in there.items()}, about)
 
 
-def expected_tensors(layout: Layout, config: MixtralConfig, store: Store) -> dict[str, tuple[Part, Format]]:
-    """By name what must be stored: the parts of each slot, in the format found there; in none, of a plain one."""
-    expected: dict[str, tuple[Part, Format]] = {}
+Expected = dict[str, tuple[Part, Format]]
+
+
+def expected_tensors(
+    layout: Layout, config: MixtralConfig, store: Store, about: Mapping[str, Any] | None = None
+) -> Expected:
+    """By name what must be stored: the parts of each slot, in the format found there; in none, of a plain one.
+
+    `about`: see Checkpoint.
+    """
+    expected: Expected = {}
     for slot in config.slots():
         piece = layout.piece(slot, config)
-        format = _format(piece, store) or Plain(WEIGHT_DTYPES[0])
+        format = _format(piece, store, about or {}) or Plain(WEIGHT_DTYPES[0])
         if len(piece.shape) < 2:  # no format but the plain one is for vectors
             format = Plain(format.dtype)
         expected |= {piece.part(part.suffix): (part, format) for part in format.parts(piece.shape)}
     return expected
 
 
-def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: Store) -> list[MixtoolsError]:
+def unknown_tensors(layout: Layout, store: Store, expected: Expected) -> list[str]:
+    """Names of what is stored and nobody expects, beside buffers that no model needs.
+
+    auto-gptq gives its matrices biases of zeros, which do nothing; they are read. Raises what reading raises.
+    """
+    return [
+        name
+        for name, entry in store.entries.items()
+        if name not in expected and not layout.ignores(name) and not _is_idle_bias(entry, store, expected)
+    ]
+
+
+def _is_idle_bias(entry: Entry, store: Store, expected: Expected) -> bool:
+    """Zeros beside a quantized matrix."""
+    stem, dot, last = entry.name.rpartition(".")
+    if last != "bias" or f"{stem}{dot}weight" in expected or entry.dtype not in WEIGHT_DTYPES or len(entry.shape) != 1:
+        return False
+    if not any(f"{stem}{dot}{suffix}" in expected for suffix in SUFFIXES):
+        return False
+    return not to_tensor(store.read_rows(entry.name, 0, entry.rows), entry.dtype).any()
+
+
+def find_problems(
+    folder: Path, layout: Layout, config: MixtralConfig, store: Store, about: Mapping[str, Any] | None = None
+) -> list[MixtoolsError]:
     """Full coverage in both directions, shapes and dtypes; the worst first, empty when all is well."""
-    expected = expected_tensors(layout, config, store)
+    expected = expected_tensors(layout, config, store, about)
     missing = [name for name in expected if name not in store.entries]
-    unknown = [name for name in store.entries if name not in expected and not layout.ignores(name)]
     problems: list[MixtoolsError] = []
+    unknown: list[str] = []
+    try:
+        unknown += unknown_tensors(layout, store, expected)
+    except MixtoolsError as error:
+        problems.append(error)
     if missing:
         why = f"lacks {_some(missing)}"
         if missing == [layout.rules[Role.HEAD].name]:
@@ -233,7 +288,7 @@ def find_problems(folder: Path, layout: Layout, config: MixtralConfig, store: St
     if unknown:
         why = f"has {_some(unknown)} unknown to layout {layout.letter} ({layout.title})"
         if all(name.endswith(".bias") for name in unknown):
-            why += "; no Mixtral has biases, and transformers ignores them"
+            why += "; no Mixtral has biases, and transformers ignores them" if not about else "; no Mixtral has biases"
         problems.append(LayoutError(why, file=store.entries[unknown[0]].source.label, tensor=unknown[0]))
     for name, (part, format) in expected.items():
         if (entry := store.entries.get(name)) is not None and (problem := _unfit(entry, part, format)) is not None:

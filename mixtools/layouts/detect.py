@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..config import from_document, load_json
+from ..config import QUANT_CONFIG, QUANTIZE_CONFIG, from_document, load_json, load_object
 from ..errors import ConfigError, FormatError, LayoutError, MixtoolsError, QuantizedError
 from ..storage import lfs, manifest
 from ..storage.source import Source, missing
@@ -19,7 +19,13 @@ from .gguf_files import is_gguf, open_gguf
 from .torrent import SPLIT
 from .variants import layout_of, tie
 
-_QUANTIZED = {"qweight": "GPTQ or AWQ", "absmax": "bitsandbytes", "SCB": "bitsandbytes", "weight_packed": "packed"}
+_QUANTIZED = {
+    "qweight": "GPTQ or AWQ", "absmax": "bitsandbytes", "SCB": "bitsandbytes", "weight_packed": "compressed-tensors"
+}  # fmt: skip
+_ABOUT = {QUANTIZE_CONFIG: "gptq", QUANT_CONFIG: "awq"}  # documents of auto-gptq and autoawq, beside config.json
+_SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}  # autoawq's in its own document
+_KIND = ("quant_method", "checkpoint_format", "format", "version", "packing_format", "fmt")  # words for a refusal
+_SAME = ("bits", "group_size", "checkpoint_format")  # what the documents must agree on
 _TOKENIZER = r"tokenizer.*|added_tokens\.json|special_tokens_map\.json|vocab\.json|merges\.txt|chat_template\..*"
 
 
@@ -39,7 +45,8 @@ def open_checkpoint(path: Path, *, strict: bool = True, remarks: tuple[str, ...]
     config = from_document(document, config_path)
     sources = _open(folder, family, found.names)
     entries = by_name(manifest.with_checksums(folder, _collect(family, sources)))
-    _refuse_quantized(entries, folder)
+    about = _quantization(document, folder)
+    _refuse_quantized(entries, about, folder)
     layout, renamed = layout_of(family.layouts, entries)
     remarks += found.remarks + renamed
     tied = False
@@ -48,30 +55,50 @@ def open_checkpoint(path: Path, *, strict: bool = True, remarks: tuple[str, ...]
         remarks += told
     if (folder / ADAPTER_CONFIG).exists():
         remarks += (f"{ADAPTER_CONFIG} lies beside the model; the adapter is not applied",)
-    problems = [*_index_problems(found, entries), *find_problems(folder, layout, config, Store(entries))]
+    problems = [*_index_problems(found, entries), *find_problems(folder, layout, config, Store(entries), about)]
     if problems and found.remarks and isinstance(problems[0], LayoutError):  # what was not read may be what was meant
         problems[0].message += f"; {found.remarks[0]}"
     problems += _pointers(folder)
     if strict and problems:
         raise problems[0]
-    return Checkpoint(folder, layout, config, Store(entries), problems, document, tied, remarks)
+    return Checkpoint(folder, layout, config, Store(entries), problems, document, tied, remarks, about=about)
 
 
 def _read_config(path: Path, found: Found) -> Any:
-    """config.json or params.json. Raises ConfigError without one, QuantizedError for what it says is quantized."""
+    """config.json or params.json. Raises ConfigError without one."""
     if not path.is_file():
         why = f"is missing beside {found.names[0]}; without it the shapes are unknown"
         raise ConfigError(missing(path, why), file=path)
     lfs.refuse_file(path)
-    document = load_json(path)
-    details = document.get("quantization_config") if isinstance(document, dict) else None
-    if details and not (isinstance(details, dict) and formats.claims(details)):
-        method = details.get("quant_method") if isinstance(details, dict) else None
-        method = method if isinstance(method, str) else "an unknown method"
-        raise QuantizedError(
-            f"is quantized ({method}); reading quantized checkpoints is not supported yet", file=found.folder
-        )
-    return document
+    return load_json(path)
+
+
+def _quantization(document: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """What config.json says of a quantization, or the document of the package that made it; empty without either.
+
+    Raises QuantizedError for one that no format here has, ConfigError where two documents contradict each other.
+    """
+    told = document.get("quantization_config")
+    if told and not isinstance(told, Mapping):
+        raise QuantizedError("is quantized (an unknown method), in no form that is read here", file=folder)
+    name, beside = next(((name, found) for name in _ABOUT if (found := _beside(folder / name))), ("", {}))
+    about = told or beside
+    if told and told.get("quant_method") == beside.get("quant_method"):  # else it is left over from another
+        for key in _SAME:
+            if None not in (told.get(key), beside.get(key)) and told[key] != beside[key]:
+                why = f"{key} is not that of config.json's quantization_config; programs differ in which they read"
+                raise ConfigError(why, file=folder / name, expected=told[key], found=beside[key])
+        about = {**beside, **told}
+    if about and not formats.claims(about):
+        kind = ", ".join(str(about[key]) for key in _KIND if isinstance(about.get(key), str))
+        raise QuantizedError(f"is quantized ({kind or 'an unknown method'}), in no form that is read here", file=folder)
+    return about
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """A package's own document, in the spelling of config.json; empty where there is none."""
+    found = {_SPELLINGS.get(key, key): value for key, value in load_object(path).items()}
+    return {"quant_method": _ABOUT[path.name], **found} if found else {}
 
 
 def _says_tied(document: Mapping[str, Any], file: Path) -> bool:
@@ -112,12 +139,14 @@ def _index_problems(found: Found, entries: Mapping[str, Entry]) -> list[Mixtools
     return problems[:1]
 
 
-def _refuse_quantized(entries: Mapping[str, Entry], folder: Path) -> None:
-    """Quantized tensors are refused by name, where no configuration told of them."""
+def _refuse_quantized(entries: Mapping[str, Entry], about: Mapping[str, Any], folder: Path) -> None:
+    """Quantized tensors are refused by name, where no document told how they are to be read."""
+    if about:
+        return
     for name in entries:
-        suffix = name.rpartition(".")[2]
-        if suffix not in formats.SUFFIXES and (method := _QUANTIZED.get(suffix)) is not None:
-            raise QuantizedError(f"is quantized ({method}: {name}); reading it is not supported yet", file=folder)
+        if (method := _QUANTIZED.get(name.rpartition(".")[2])) is not None:
+            why = f"is quantized ({method}: {name}), and neither config.json nor {' nor '.join(_ABOUT)} tells how"
+            raise QuantizedError(why, file=folder)
 
 
 def _pointers(folder: Path) -> list[MixtoolsError]:

@@ -12,7 +12,7 @@ from ..errors import FormatError, InputError, LayoutError, UnsafeError
 from ..storage import lfs, safetensors, torchzip
 from ..storage.source import Source, missing
 from ..storage.store import Entry
-from .hf import HF, HF_BIN, HF_FUSED, HF_MIXED, HF_V5
+from .hf import HF, HF_BIN, HF_FUSED, HF_HYBRID, HF_MIXED, HF_V5
 from .table import Layout
 from .torrent import CONSOLIDATED, SPLIT, STACKED, TORRENT
 
@@ -30,6 +30,7 @@ class Family(NamedTuple):
     layouts: tuple[Layout, ...]
 
 
+_SAFETENSORS = (HF, HF_MIXED, HF_V5, HF_HYBRID, HF_FUSED)
 FAMILIES = (
     Family(r"consolidated\.00\.pth", None, None, "params.json", torchzip.read_header, (TORRENT,)),
     Family(r"consolidated\.00\.pth-split(\d+)", None, None, "params.json", torchzip.read_header, (SPLIT,)),
@@ -41,7 +42,7 @@ FAMILIES = (
         "model.safetensors.index.json",
         "config.json",
         safetensors.read_header,
-        (HF, HF_MIXED, HF_V5, HF_FUSED),
+        _SAFETENSORS,
     ),
     Family(
         r"pytorch_model(?:-\d+-of-\d+)?\.bin",
@@ -49,12 +50,13 @@ FAMILIES = (
         "pytorch_model.bin.index.json",
         "config.json",
         torchzip.read_header,
-        (HF_BIN, HF_MIXED, HF_V5, HF_FUSED),
+        (HF_BIN, HF_MIXED, HF_V5, HF_HYBRID, HF_FUSED),
     ),
 )
 _PATTERNS = (
     "consolidated.00.pth, consolidated.*.pt, consolidated.safetensors, model*.safetensors, pytorch_model*.bin, *.gguf"
 )
+_GPTQ = r"(gptq_model-\d+bit-(?:-1|\d+)g)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?"  # auto-gptq's own names
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = r"adapter_config\.json|adapter_model.*\.(safetensors|bin)"
 
@@ -62,7 +64,23 @@ _ADAPTER = r"adapter_config\.json|adapter_model.*\.(safetensors|bin)"
 def any_of(folder: Path) -> bool:
     """Whether the folder holds weight files of a family here."""
     names = [path.name for path in folder.iterdir()]
-    return any(family_files(family, names) for family in FAMILIES)
+    return any(family_files(family, names) for family in families(names))
+
+
+def families(names: Iterable[str]) -> tuple[Family, ...]:
+    """All of them; auto-gptq puts bits and groups into its file's name, so that each such name is one."""
+    stems = dict.fromkeys(match[1] for name in names if (match := re.fullmatch(_GPTQ, name)))
+    return FAMILIES + tuple(
+        Family(
+            rf"{re.escape(stem)}(?:-\d+-of-\d+)?\.safetensors",
+            f"{stem}.safetensors",
+            f"{stem}.safetensors.index.json",
+            "config.json",
+            safetensors.read_header,
+            _SAFETENSORS,
+        )
+        for stem in stems
+    )
 
 
 class Found(NamedTuple):
@@ -89,7 +107,7 @@ def find(path: Path) -> Found:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", file=path) from None
-    found = [(family, files) for family in FAMILIES if (files := family_files(family, names))]
+    found = [(family, files) for family in families(names) if (files := family_files(family, names))]
     if only is not None:
         found = [(family, files) for family, files in found if only == family.index_name or only in files]
     if len(found) > 1:

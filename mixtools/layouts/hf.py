@@ -1,7 +1,8 @@
 """Hugging Face's names: layouts D (safetensors), E (older, pickled) and F (transformers 5, fused experts).
 
-Experts have had three spellings: Mistral's w1, w2, w3; the same below `mlp`, as transformers 5 renames on its way in;
-and gate_proj, down_proj, up_proj, which transformers 5 has in memory and GPTQModel writes, an expert at a time.
+Experts have had four spellings: Mistral's w1, w2, w3; the same below `mlp`, as transformers 5 renames on its way in;
+gate_proj, down_proj, up_proj there, which transformers 5 has in memory and GPTQModel writes, an expert at a time; and
+these below `block_sparse_moe`, as llm-compressor and AutoRound write them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ _V5 = {
     Role.DOWN: Rule(_MLP + "experts.{expert}.down_proj.weight"),
     Role.UP: Rule(_MLP + "experts.{expert}.up_proj.weight"),
 }
+_HYBRID = {
+    **_COMMON,
+    Role.ROUTER: Rule(_LAYER + "block_sparse_moe.gate.weight"),
+    Role.GATE: Rule(_LAYER + "block_sparse_moe.experts.{expert}.gate_proj.weight"),
+    Role.DOWN: Rule(_LAYER + "block_sparse_moe.experts.{expert}.down_proj.weight"),
+    Role.UP: Rule(_LAYER + "block_sparse_moe.experts.{expert}.up_proj.weight"),
+}
 _FUSED = {
     **_COMMON,
     Role.ROUTER: Rule(_MLP + "gate.weight"),
@@ -56,5 +64,8 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 HF = Layout("D", "hf", "Hugging Face (safetensors)", _PLAIN, _BUFFERS, _ROOT)
 HF_MIXED = Layout("D", "hf-mixed", "Hugging Face (experts as mlp.experts.X.w1)", _MIXED, _BUFFERS, _ROOT)
 HF_V5 = Layout("D", "hf-v5", "Hugging Face (experts as mlp.experts.X.gate_proj)", _V5, _BUFFERS, _ROOT)
+HF_HYBRID = Layout(
+    "D", "hf-hybrid", "Hugging Face (experts as block_sparse_moe.experts.X.gate_proj)", _HYBRID, _BUFFERS, _ROOT
+)
 HF_BIN = Layout("E", "hf-bin", "older Hugging Face (pytorch_model.bin)", _PLAIN, _BUFFERS, _ROOT)
 HF_FUSED = Layout("F", "hf-fused", "Hugging Face, transformers 5 (fused experts)", _FUSED, _BUFFERS, _ROOT)

@@ -19,6 +19,7 @@ from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader
 from mixtools.names import Role, Slot
 from mixtools.scaling import RopeScaling
+from mixtools.text import reading
 from mixtools.text.tokenizer import Tokenizer
 
 BOS = 1
@@ -198,8 +199,8 @@ def test_where_nothing_is_spelled_nothing_is_divided_by(nano, ids):
 
 
 def test_windows_line_ends_are_told():
-    assert perplexity.line_ends("a\nb\rc\n") is None
-    told = perplexity.line_ends("a\r\nb\n")
+    assert reading.line_ends("a\nb\rc\n") is None
+    told = reading.line_ends("a\r\nb\n")
     assert "Windows line ends (CRLF)" in told and "tr -d '\\r'" in told
 
 
@@ -245,7 +246,7 @@ def test_perplexity_of_a_changed_configuration_is_that_of_transformers(nano, ids
 
 def test_the_tokenizer_gives_the_ids_of_sentencepiece(ids):
     tokenizer = Tokenizer.from_folder(NANO)
-    assert tokenizer.encode(perplexity.read_text(DATA / "text.txt"), bos=True) == ids
+    assert tokenizer.encode(reading.read_text(DATA / "text.txt"), bos=True) == ids
 
 
 @pytest.mark.parametrize(
@@ -279,15 +280,15 @@ def test_options_that_cannot_be_are_refused(ids, options, message):
 def test_files_that_are_no_text_are_named(tmp_path: Path):
     file = tmp_path / "text.txt"
     with pytest.raises(InputError, match="text.txt: cannot be read"):
-        perplexity.read_text(file)
+        reading.read_text(file)
     file.write_bytes(b"caf\xe9 noir")
     with pytest.raises(InputError, match="not UTF-8 text: byte 3 is 0xe9"):
-        perplexity.read_text(file)
+        reading.read_text(file)
     file.write_bytes(b" \n")
     with pytest.raises(InputError, match="holds no text"):
-        perplexity.read_text(file)
+        reading.read_text(file)
     file.write_bytes(b"a\r\nb")
-    assert perplexity.read_text(file) == "a\r\nb"
+    assert reading.read_text(file) == "a\r\nb"
 
 
 def test_a_model_with_nan_is_refused(nano, ids):

@@ -244,7 +244,7 @@ def test_config_of_another_size(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {}, [1], "awq", 3, {"quant_method": [[]]}])
+@pytest.mark.parametrize("quantization", [{"quant_method": "hqq"}, {}, [1], "awq", 3, {"quant_method": [[]]}])
 def test_quantized_is_told(tmp_path: Path, quantization: object) -> None:
     folder = make.write_hf(tmp_path, CANONICAL | {"model.layers.0.self_attn.q_proj.qweight": torch.ones(1)})
     edit(folder / "config.json", lambda config: config.update(quantization_config=quantization))
