@@ -20,6 +20,7 @@ from ..errors import InputError, UsageError
 from ..linalg.output import Covariance
 from ..names import Role, Slot
 from .model import Layer
+from .sampling import Sampling
 from .states import States
 from .stream import Stream
 
@@ -29,18 +30,23 @@ _ROWS = 1024  # of a weight that are widened to fp32 at a time
 
 
 class Text(NamedTuple):
-    """A calibration text, cut: ids [seq_len] each, and what tells it from another."""
+    """A calibration text, cut: ids of each sample, what tells it from another, and what its user should know."""
 
     sequences: tuple[Tensor, ...]
     record: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-def cut(ids: Sequence[int], samples: int, seq_len: int, bos_id: int) -> Text:
-    """`samples` windows of `seq_len` tokens, BOS first, spread evenly over the ids of a text (without BOS).
+def cut(
+    ids: Sequence[int], samples: int, seq_len: int, bos_id: int, *, sampling: str | None = None, seed: int | None = None
+) -> Text:
+    """`samples` windows of `seq_len` tokens, BOS first, over the ids of a text (without BOS).
 
-    All windows there are, if there are fewer. Raises UsageError for windows that cannot be, InputError for a text
-    shorter than one.
+    `sampling`: "spread" evenly, the first from the "start", or "random", which is meant where a `seed` is given. No two
+    windows overlap. All windows there are, if there are fewer. Raises UsageError for windows that cannot be, InputError
+    for a text shorter than one.
     """
+    how = Sampling.of(sampling, seed)
     if samples < 1 or seq_len < 2:
         raise UsageError(f"{samples} samples of {seq_len} tokens calibrate nothing")
     text = torch.tensor(ids, dtype=torch.long)
@@ -50,11 +56,16 @@ def cut(ids: Sequence[int], samples: int, seq_len: int, bos_id: int) -> Text:
         advice = f"--seq-len {len(text) + 1} would fit" if len(text) else "give a longer text"
         raise InputError(f"the text has {len(text)} tokens, fewer than one sample of {seq_len}; {advice}")
     count = min(samples, there)
-    starts = [length * (i * there // count) for i in range(count)]
+    if how.name == "random":  # any places, not only multiples of the length: what is between windows is dealt out
+        slack = len(text) - count * length
+        starts = [place + index * (length - 1) for index, place in enumerate(how.choose(count, slack + count))]
+    else:
+        starts = [length * index for index in how.choose(count, there)]
     bos = torch.tensor([bos_id])
     digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()[:16]
-    record = {"samples": count, "seq_len": seq_len, "tokens": count * seq_len, "text": digest}
-    return Text(tuple(torch.cat([bos, text[start : start + length]]) for start in starts), record)
+    record = {"samples": count, "seq_len": seq_len, "tokens": count * seq_len, "text": digest, **how.record()}
+    notes = (f"asked {samples} samples, the text has {count}",) if count < samples else ()
+    return Text(tuple(torch.cat([bos, text[start : start + length]]) for start in starts), record, notes)
 
 
 class Calibration:

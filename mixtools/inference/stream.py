@@ -164,7 +164,7 @@ class Stream:
     def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
         return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
 
-    def layers(self, first: int, stop: int, *, double: bool = True, reuse: bool = False) -> Iterator[Layer]:
+    def layers(self, first: int, stop: int, *, double: bool = True, reuse: bool = False) -> Iterator[Arriving]:
         """Layers first .. stop-1. Each is valid until the next is asked for.
 
         They are read on a thread of their own, a tensor at a time in the order in which they are needed: a layer runs
@@ -219,7 +219,7 @@ class Stream:
         for first, last in passes(states.lengths, pass_tokens):
             length, start, end = states.lengths[first], states.starts[first], states.starts[last]
             x = states.rows(start, end).to(self.device).view(last - first, length, -1)
-            y = layer(x, self._span(length), observer=observer)
+            y = layer(x, self.span(length), observer=observer)
             if into is not None:
                 into.write(start, y.flatten(0, 1))
             self.progress.advance(end - start)
@@ -238,7 +238,8 @@ class Stream:
         for start in range(0, len(rows), chunk):
             yield start, head(states.select(rows[start : start + chunk]).to(self.device))
 
-    def _span(self, length: int) -> Span:
+    def span(self, length: int) -> Span:
+        """Where sequences of `length` tokens stand; made once."""
         if length not in self._spans:
             self._spans[length] = span(self.config, length, self.device)
         return self._spans[length]

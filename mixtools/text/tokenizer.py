@@ -132,8 +132,8 @@ class Tokenizer:
         ids = self._engine.encode(text, parse_special)
         return [*self._engine.before, *ids, *self._engine.after] if bos else ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Ids of a conversation, ready for the model to answer, in the model's own format.
+    def encode_chat(self, messages: Sequence[Mapping[str, object]], answered: bool = False) -> list[int]:
+        """Ids of a conversation in the model's own format: ready for the model to answer, unless it is `answered`.
 
         `messages`: mappings with "role" (system, user, assistant) and "content" (text). By the folder's chat template;
         mistral's own folders, which know none, mean mistral's format. Raises TokenizerError if the template refuses the
@@ -154,7 +154,7 @@ class Tokenizer:
         if not (self._declared.folder / JSON_FILE).exists():
             names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **names}
         try:
-            text = render(template, messages, add_generation_prompt=True, **names)
+            text = render(template, messages, add_generation_prompt=not answered, **names)
         except ValueError as error:
             raise TokenizerError(
                 f"the model's chat template refuses the conversation: {error}", file=self._declared.folder

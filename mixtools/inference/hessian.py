@@ -1,0 +1,59 @@
+"""Second moments of what a linear reads: Σ x xᵀ and Σ |x|, in fp32, however many tokens come.
+
+For methods that weigh an error by what reaches a matrix. A product of two 16-bit values is exact in fp32; sums are fp32
+and never TF32, which would round the factors to 11 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import TensorError
+from ..names import Slot
+
+PANEL = 2048  # columns of a product; what lies above the diagonal is mirrored, not computed
+
+
+class Gram:
+    """Σ x xᵀ over rows x [n, width], and Σ |x|; see `settle`. Its lower triangle alone is summed."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu", *, block: int | None = None) -> None:
+        """`block`: keep only so many columns' products with each other; None keeps all."""
+        self.width, self.block = width, min(block or width, width)
+        self.starts = range(0, width, self.block)
+        self.blocks = [torch.zeros((min(self.block, width - at),) * 2, device=device) for at in self.starts]
+        self.magnitude = torch.zeros(width, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Rows [n, width] of any dtype."""
+        wide = x.float()
+        self.tokens += len(x)
+        self.magnitude += wide.abs().sum(0)
+        for number, total in enumerate(self.blocks):
+            part = wide[:, number * self.block : number * self.block + len(total)]
+            for at in range(0, len(total), PANEL):
+                end = min(at + PANEL, len(total))
+                total[at:, at:end].addmm_(part[:, at:].T, part[:, at:end])
+
+    def settle(self, slot: Slot) -> None:
+        """Mirror what was summed, so that `blocks` are whole. Raises TensorError for inputs that are not finite."""
+        for number, total in enumerate(self.blocks):
+            if not bool(torch.isfinite(total.diagonal()).all()):
+                column = int((~torch.isfinite(total.diagonal())).nonzero()[0]) + number * self.block
+                raise TensorError(
+                    f"its inputs are not finite in column {column}: the weights before it hold NaN or Inf "
+                    "(`mixtools inspect --verify` finds them), or overflow in this dtype", tensor=slot,
+                )  # fmt: skip
+            for at in range(0, len(total), PANEL):
+                end = min(at + PANEL, len(total))
+                total[at:end, end:] = total[end:, at:end].T
+                square = total[at:end, at:end]
+                square.copy_(square.tril() + square.tril(-1).T)
+
+
+def gram_bytes(width: int, block: int | None = None) -> int:
+    """What a Gram takes."""
+    block = min(block or width, width)
+    return 4 * (width * block + width)
