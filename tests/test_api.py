@@ -34,6 +34,7 @@ FUNCTIONS = (
     "open",
     "inspect",
     "convert",
+    "expert_names",
     "laser",
     "spectrum",
     "quantize",
@@ -50,6 +51,7 @@ COMMANDS = {  # by the function behind each
     "perplexity": mixtools.perplexity, "generate": mixtools.generate, "run": mixtools.run_recipe,
     "convert torrent-to-hf": mixtools.convert, "convert to-hf": mixtools.convert,
     "convert hf-to-torrent": mixtools.convert, "convert gguf-upgrade": mixtools.convert,
+    "convert expert-names": mixtools.expert_names,
 }  # fmt: skip
 SHARED = {"json", "quiet", "debug", "help"}
 SPELLED = {"src": "source", "file": "recipe", "pairs": "values"}  # SRC, RECIPE, KEY=VALUE on the command line
@@ -104,7 +106,7 @@ def test_recipes_take_the_same_options() -> None:
     for name, verb in verbs.items():
         taken, parameters = schema(verb), inspect.signature(COMMANDS[name]).parameters
         assert taken.machine == parameters.keys() & {
-            "dry_run", "resume", "overwrite", "jobs", "max_memory", "device",
+            "dry_run", "resume", "overwrite", "jobs", "max_memory", "device", "make_backend",
         }  # fmt: skip
         offered = {option.name for option in command(name).params} - SHARED - taken.machine
         assert taken.options.keys() == offered

@@ -7,4 +7,5 @@ bulk.py      Marchenko-Pastur, Gavish-Donoho, LaserRMT: thresholds estimated fro
 rules.py     a rank from a rule
 output.py    what each rank costs at the layer's output
 weighted.py  the best approximation in that output's norm
+ldl.py       what rounding a column asks of those behind it
 """

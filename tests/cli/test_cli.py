@@ -105,7 +105,7 @@ def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
     ("typed", "offered"),
     [
         ("con", {"convert"}),
-        ("convert ", {"to-hf", "torrent-to-hf", "hf-to-torrent", "gguf-upgrade"}),
+        ("convert ", {"to-hf", "torrent-to-hf", "hf-to-torrent", "gguf-upgrade", "expert-names"}),
         ("laser --rank", {"--rank-rule"}),
     ],
 )

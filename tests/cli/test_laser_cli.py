@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import mixtools
 from mixtools import conversion, job
 from mixtools.layouts.detect import open_checkpoint
 from mixtools.methods.laser import verbs as command
@@ -126,10 +127,7 @@ def test_bad_input_is_one_line_and_a_code(tmp_path: Path, capsys: pytest.Capture
     hf = tmp_path / "hf"
     job.run(conversion.plan_hf(open_checkpoint(NANO), conversion.Options()), hf)
     quantized = tmp_path / "quantized"
-    quantized.mkdir()
-    (quantized / "model.safetensors").symlink_to(hf / "model.safetensors")
-    config = {**json.loads((hf / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}}
-    (quantized / "config.json").write_text(json.dumps(config))
+    mixtools.quantize(NANO, quantized, method="nf4")
     out = tmp_path / "out"
     busy = hf  # a folder that holds something
     cases: list[tuple[int, str, list[object]]] = [

@@ -5,13 +5,11 @@ Nothing here knows the time or the machine: the same run gives the same bytes. T
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ import numpy as np
 from ...linalg.bulk import singular_value_density
 from ...linalg.spectrum import FloatArray
 from ...linalg.weighted import STARVED
-from ...machine import human_bytes
 from ...names import Slot
+from ...pages import LEAST, Cell, csv_text, heat_map, render
 from ...version import __version__
 from .figures import OUTPUT, WEIGHTS, Report
 
@@ -30,9 +28,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 64
 SHOWN = 12  # spectra drawn, and curves
 _WIDTH, _HEIGHT, _FOOT, _HEAD = 420, 210, 24, 62  # of a drawing, in its own units; the page shrinks them by a quarter
-_CELL = 22
-_DECADES = 5  # of loss that are drawn
-_LEAST = 10.0**-_DECADES
+_DECADES = 5  # of loss that are drawn, down to LEAST
 _MARKS = (
     ("edge", "edge", "MP edge"), ("gavish_donoho", "gavish", "Gavish-Donoho"),
     ("laserrmt_threshold", "laserrmt", "laserrmt"), ("smallest_kept", "kept", "kept from here"),
@@ -123,32 +119,25 @@ def documents(report: Mapping[str, Any]) -> dict[str, bytes]:
     """The three files by name."""
     return {
         f"{NAME}.json": (json.dumps(report, indent=1, allow_nan=False) + "\n").encode(),
-        f"{NAME}.csv": csv_text(report["matrices"]).encode(),
+        f"{NAME}.csv": csv_text(_COLUMNS, _lines(report["matrices"])).encode(),
         f"{NAME}.html": html(report).encode(),
     }
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """A line for each matrix, single figures only; what was not measured is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "rows": row["shape"][0], "columns": row["shape"][1]} for row in rows)
-    return out.getvalue()
+def _lines(rows: Sequence[Row]) -> Iterator[Row]:
+    """For a spreadsheet: single figures only."""
+    return ({**row, "rows": row["shape"][0], "columns": row["shape"][1]} for row in rows)
 
 
 # --- the page ---
 
 
 def html(report: Mapping[str, Any]) -> str:
-    """The page; what comes from files is escaped by the template."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"sig": _significant, "percent": _percent, "loss": loss, "size": human_bytes, "label": label}
+    """The page."""
     rows, options = report["matrices"], report["laser"]
     drawn = by_loss(rows)
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return render(
+        TEMPLATE,
         report=report,
         options=options,
         rows=[{**dict.fromkeys(_COLUMNS), **row} for row in rows],
@@ -175,12 +164,6 @@ def by_loss(rows: Sequence[Row]) -> list[Row]:
     """From the one that loses most; without those that a budget leaves whole, unless there are no others."""
     reduced, measured = [row for row in rows if row["rank"] < row["of"]] or rows, measured_in(rows)
     return sorted(reduced, key=lambda row: -(lost(row, row["norm"], measured) or 0.0))
-
-
-def label(row: Mapping[str, Any]) -> str:
-    """Short enough for a heading: a tensor's name is as wide as a drawing."""
-    expert = "" if row["expert"] is None else f", expert {row['expert']}"
-    return f"layer {row['layer']}{expert}, {row['target']}"
 
 
 # --- losses ---
@@ -226,7 +209,7 @@ def by_target(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "unseen": sum(row["layer_error"] is None for row in mine) if measured == OUTPUT else 0,
         })  # fmt: skip
     bars = [bar for card in cards for bar in card["bars"]]
-    most = max([_LEAST, *(bar["mean"] for bar in bars)])
+    most = max([LEAST, *(bar["mean"] for bar in bars)])
     for bar in bars:
         bar["width"] = round(100 * bar["mean"] / most, 2)
     return cards
@@ -268,36 +251,27 @@ def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     measured, maps = measured_in(rows), []
     for target in dict.fromkeys(row["target"] for row in rows):
         mine = [row for row in rows if row["target"] == target]
-        losses = [share if (share := lost(row, row["norm"], measured) or 0.0) >= _LEAST else None for row in mine]
+        losses = [share if (share := lost(row, row["norm"], measured) or 0.0) >= LEAST else None for row in mine]
         if len({row["share"] for row in rows}) > 1:
-            maps.append(heat_map([(row, row["share"]) for row in mine]))
+            maps.append(_map([(row, row["share"]) for row in mine]))
         if any(losses):
-            maps.append(heat_map(list(zip(mine, losses, strict=True)), of_loss=True))
+            maps.append(_map(list(zip(mine, losses, strict=True)), of_loss=True))
     return maps
 
 
-def heat_map(found: Sequence[tuple[Row, float | None]], *, of_loss: bool = False) -> dict[str, Any]:
-    """Layers by experts, coloured from the least to the most among them; losses on a log scale."""
-    layers = sorted({row["layer"] for row, _ in found})
-    experts = sorted({row["expert"] if row["expert"] is not None else -1 for row, _ in found})
-    line_of = {expert: _CELL * i for i, expert in enumerate(experts)}
-    shares = [share for _, share in found if share is not None]
-    height = math.log if of_loss else float
-    bottom, top = height(min(shares)), height(max(shares))
-    # what hardly differs shall not look as if it did: the colours span a factor of 3, or 5 points of rank
-    span = max(top - bottom, math.log(3) if of_loss else 0.05)
-    bottom = (bottom + top - span) / 2
-    cells = [
-        {"x": 30 + _CELL * layers.index(row["layer"]), "y": line_of[-1 if row["expert"] is None else row["expert"]],
-         "strength": None if share is None else round((height(share) - bottom) / span, 3), "row": row}
-        for row, share in found
-    ]  # fmt: skip
-    return {
-        "target": found[0][0]["target"], "kind": "loss" if of_loss else "rank", "cells": cells, "size": _CELL - 2,
-        "low": min(shares), "high": max(shares), "width": 30 + _CELL * len(layers), "height": _CELL * len(experts) + 16,
-        "columns": [{"x": 30 + _CELL * i + 10, "text": layer} for i, layer in enumerate(layers)],
-        "lines": [{"y": y + 14, "text": "" if expert < 0 else f"e{expert}"} for expert, y in line_of.items()],
-    }  # fmt: skip
+def _map(found: Sequence[tuple[Row, float | None]], *, of_loss: bool = False) -> dict[str, Any]:
+    """Of one target, experts from top to bottom: of 5 points of rank at least, or of a factor of 3 of loss."""
+    experts = sorted({_line(row) for row, _ in found})
+    return heat_map(
+        [Cell(row["layer"], _line(row), share, row) for row, share in found],
+        {expert: "" if expert < 0 else f"e{expert}" for expert in experts},
+        kind="loss" if of_loss else "rank", target=found[0][0]["target"],
+        logarithmic=of_loss, span=math.log(3) if of_loss else 0.05,
+    )  # fmt: skip
+
+
+def _line(row: Row) -> int:
+    return -1 if row["expert"] is None else int(row["expert"])
 
 
 def draw(row: Row) -> dict[str, Any]:
@@ -379,20 +353,3 @@ def _path(ranks: Sequence[int], curve: Sequence[float], floor: float) -> str:
             break
         points.append((x, y))
     return "M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _significant(value: float | None, digits: int = 4) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.2e}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def loss(value: float | None) -> str:
-    """A share as percent to three digits: losses differ by decades, and 0 % is none at all."""
-    if value is not None and 0 < value < _LEAST:
-        return f"< {100 * _LEAST:g} %"
-    return "–" if value is None else f"{100 * value:.3g} %"

@@ -134,7 +134,7 @@ def _table(rows: Sequence[dict[str, Any]], elsewhere: str) -> Iterator[str]:
 
 def _by_target(cards: Sequence[Mapping[str, Any]], measured: bool, norm: str) -> Iterator[str]:
     """Means over the matrices, and the worst of them."""
-    from .report import label
+    from ...pages import label
 
     compared = any(len(card["bars"]) > 1 for card in cards)
     told = (f"  {'layer error':>11}" if measured else "") + ("  in weights' norm" if compared else "")
@@ -151,6 +151,6 @@ def _by_target(cards: Sequence[Mapping[str, Any]], measured: bool, norm: str) ->
 
 
 def _loss(share: float | None) -> str:
-    from .report import loss
+    from ...pages import loss
 
     return "-" if share is None else loss(share).replace(" ", "")

@@ -257,6 +257,7 @@ def _search_job(
     import hashlib
 
     from ...checking import perplexity
+    from ...text.reading import read_text
     from ...text.tokenizer import Tokenizer
     from .search import SearchOptions
     from .search.run import Asked, plan_search
@@ -271,7 +272,7 @@ def _search_job(
     told: dict[str, Any] = {"samples": texts.samples, "seq_len": texts.seq_len}
     for name, file in (("text", texts.text), ("held_out_text", texts.held_out)):
         assert file is not None  # expect_consistent
-        content = perplexity.read_text(file)
+        content = read_text(file)
         ids = tokenizer.encode(content)
         tokenizer.expect_known(ids, source.config)
         most = texts.samples * texts.seq_len
@@ -321,9 +322,9 @@ def _calibration(
     """And what its user should know."""
     if texts.text is None:
         return None, []
-    from ...checking.perplexity import read_text
     from ...inference import calibrate
     from ...inference.stream import Stream
+    from ...text.reading import read_text
     from ...text.tokenizer import Tokenizer
     from .forecast import BASE_MEMORY
 

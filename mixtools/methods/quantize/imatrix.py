@@ -136,12 +136,12 @@ def imatrix(
         raise UsageError("is no name of an importance matrix here: let it end in .gguf", file=path)
     if not dry_run:
         expect_free(path, overwrite)
-    from ...checking import perplexity as engine
     from ...hub.opening import open_model
     from ...inference.stream import Stream
+    from ...text.reading import line_ends, read_text
     from . import collect, importance
 
-    content = engine.read_text(Path(text))
+    content = read_text(Path(text))
     checkpoint = open_model(source)
     sequences, remark = _cut(content, checkpoint, (ctx, chunks), parse_special)
     where = find_device(device)
@@ -155,7 +155,7 @@ def imatrix(
     found = importance.Importance(sums, counts, (Path(text).name,), len(sequences), ctx, path)
     data = importance.encode(found)
     _write(path, data)
-    told = [engine.line_ends(content), *stream.remarks]
+    told = [line_ends(content), *stream.remarks]
     if chunks is not None and len(sequences) < chunks:
         told.append(f"the text fills {len(sequences)} chunks, not {chunks}")
     named = str(source if isinstance(source, str | Path) else checkpoint.place)

@@ -54,6 +54,8 @@ class Quantized(Result):
     seconds: float
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()
+    folder: bool = False  # the output is all of the folder
+    said: tuple[str, ...] = ()  # of a calibrated run, on what it did
 
     @property
     def document(self) -> dict[str, Any]:
@@ -69,8 +71,10 @@ class Quantized(Result):
         yield f"wrote {human_bytes(self.bytes)} in {human_time(self.seconds)} (peak memory {peak})"
         if self.resumed_bytes:
             yield f"{human_bytes(self.resumed_bytes)} were there already, from the interrupted run"
+        yield from self.said
         yield from lacking(self.missing)
-        yield f"Check it with: mixtools check {self.output / self.rows[0].file} --against {self.source}"
+        made = self.output if self.folder else self.output / self.rows[0].file
+        yield f"Check it with: mixtools check {made} --against {self.source}"
 
 
 def lacking(missing: Iterable[str]) -> Iterator[str]:

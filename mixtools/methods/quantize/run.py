@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ...config import MixtralConfig
 from ...conversion import inputs_of, worker_bytes
 from ...errors import QuantizedError, UsageError
-from ...job import BARE, Fan, Job, Target
+from ...job import BARE, Fan, Job, Target, Unit
 from ...layouts.checkpoint import Checkpoint
 from ...layouts.families import any_of
 from ...layouts.gguf import GGUF
@@ -52,6 +52,7 @@ class Options:
     quantized_by: str | None = None
     importance: Importance | None = None
     named: bool = False
+    calibrated: bool = False  # in the mixtures that llama.cpp takes with an importance matrix
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def plan_jobs(source: Checkpoint, mixtures: Sequence[Mixture], options: Options)
         metadata |= shared.metadata
         file = plan_file(
             mixture, source.config, metadata, options.stem or f"{options.name}.{mixture.name}", tied=source.tied,
-            imatrix=options.importance is not None, max_shard_bytes=options.max_shard_bytes,
+            imatrix=options.importance is not None or options.calibrated, max_shard_bytes=options.max_shard_bytes,
         )  # fmt: skip
         planned.append((file, _job(source, file, options, shared)))
     return planned
@@ -196,7 +197,7 @@ def fans(
         made, seen = [], set()
         for slot in source.slots():
             targets = tuple(
-                Target(output, _region(source, file, slot), _encoder(source, file, slot, importance))
+                Target(output, region(source, file, slot), _encoder(source, file, slot, importance))
                 for output, file in zip(outputs, files, strict=True)
             )
             place = targets[0].region
@@ -208,9 +209,20 @@ def fans(
     return tasks
 
 
-def _region(source: Checkpoint, file: File, slot: Slot) -> Region:
+def region(source: Checkpoint, file: File, slot: Slot) -> Region:
+    """Where a slot's rows lie."""
     piece = file.layout.piece(slot, source.config)
     return Region(piece.name, piece.start * file.plan.tensors[piece.name].row_bytes)
+
+
+def copied(source: Checkpoint, file: File, slot: Slot) -> Unit:
+    """A slot by itself, cast or encoded without importances."""
+    encode = _encoder(source, file, slot, None)
+
+    def make(_: Output) -> Iterator[Iterator[Bits]]:
+        yield map(encode, _blocks(source, slot))
+
+    return Unit((region(source, file, slot),), make, (slot,))
 
 
 def _blocks(source: Checkpoint, slot: Slot) -> Iterator[Bits]:

@@ -11,7 +11,7 @@ import pytest
 import mixtools
 from mixtools.config import MixtralConfig
 from mixtools.errors import InputError, UsageError
-from mixtools.methods.quantize import mixtures, verbs
+from mixtools.methods.quantize import gguf_verb, mixtures, verbs
 from mixtools.methods.quantize.mixtures import Mixture, choose, needs_imatrix
 from mixtools.methods.quantize.run import plan_file
 from mixtools.names import Role, Slot
@@ -65,7 +65,7 @@ def test_as_llama_quantize_chose(case: str) -> None:
     model = config(**{name: size for name, size in golden["dims"].items() if name != "tied"})
     imatrix = "--imatrix" in golden["options"]
     for name, expected in golden["types"].items():
-        (mixture,) = verbs._mixtures([name], **told(golden["options"]))
+        (mixture,) = gguf_verb.mixtures_of([name], **told(golden["options"]))
         found = choose(mixture, model, tied=tied, imatrix=imatrix)
         assert found.keys() == {*model.slots()}
         for role, text in zip(ROLES, expected, strict=True):
@@ -266,7 +266,7 @@ def test_tensor_types_in_any_case() -> None:
         ({"type": ["Q4_K_M"], "tensor_type": ["x=Q4_K_M"]}, "--tensor-type x= ?Q4_K_M: there is no such type"),
         ({"type": ["Q4_K_M"], "output_tensor_type": "Q4_K_M"}, "--output-tensor-type Q4_K_M: there is no such type"),
         ({"type": ["Q4_K_M"], "token_embedding_type": "x"}, "--token-embedding-type x: there is no such type"),
-        ({"type": ["Q4_K_M"], "method": "gptq"}, "--method gptq: there is gguf"),
+        ({"type": ["Q4_K_M"], "method": "exl2"}, "--method exl2: there is gguf, gptq, awq, nf4, int8"),
         ({"type": ["Q4_K_M"], "max_shard_size": "many"}, "--max-shard-size: 'many' is not a size"),
         ({"type": ["Q4_K_M", "Q6_K"], "out": "x.gguf"}, "several types are several files: name a folder, not x.gguf"),
     ],
@@ -279,7 +279,7 @@ def test_options_that_cannot_be(folder: Path, tmp_path: Path, options: dict[str,
 
 
 def test_a_pattern_may_hold_an_equals_sign() -> None:
-    (mixture,) = verbs._mixtures(["Q8_0"], tensor_types=["a=b=q4_0"], output=None, embedding=None, rules="today")
+    (mixture,) = gguf_verb.mixtures_of(["Q8_0"], tensor_types=["a=b=q4_0"], output=None, embedding=None, rules="today")
     assert mixture.tensor_types == (("a=b", DType.Q4_0),)
 
 

@@ -1,0 +1,111 @@
+"""What was asked of `quantize`, and what a calibrated run makes of it: text, stream, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import MemoryBudgetError
+from ...inference import budget
+from ...inference.corpus import sequences
+from ...inference.hessian import gram_bytes
+from ...inference.stream import PASS_TOKENS, Stream
+from ...job import WITH_TORCH
+from ...layouts.checkpoint import Checkpoint
+from ...machine import find_device, human_bytes, product_rate
+from ...progress import Progress
+from ...text.reading import DEFAULT
+from .calibrated import Calibrated
+from .matrix import Options
+
+COMFORTABLE = 12_000_000_000  # bytes: hidden states go to a file rather than beyond, where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Options of the verb; sizes in bytes."""
+
+    method: str
+    calibration: str | Path | None
+    samples: int
+    seq_len: int
+    sampling: str | None
+    seed: int | None
+    smooth: bool
+    rounding: str
+    damping: float
+    sweeps: int
+    block: int | None
+    sequential: bool
+    requantize: bool
+    dry_run: bool
+    resume: bool
+    overwrite: bool
+    jobs: int
+    limit: int | None
+    device: str
+    progress: Progress
+    shard: int | None
+
+    def calibrated(self, source: Checkpoint) -> tuple[Calibrated, Stream]:
+        """Raises what reading the text raises."""
+        text = DEFAULT if str(self.calibration or DEFAULT) == DEFAULT else str(self.calibration)
+        found = sequences(
+            text, source, samples=self.samples, seq_len=self.seq_len, sampling=self.sampling, seed=self.seed
+        )
+        options = Options(self.rounding, self.damping, self.sweeps, self.block)
+        stream = Stream(source, find_device(self.device), source.main_dtype().torch())
+        return Calibrated(found, options, self.smooth, self.sequential), stream
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of a calibrated run: bytes at most, whether the states lie in a file, and operations."""
+
+    memory: int
+    spilled: bool
+    operations: float
+
+    @property
+    def seconds(self) -> float:
+        """At the rate of a product that is measured now."""
+        return round(self.operations / product_rate(), 1)
+
+
+def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None) -> Needs:
+    """Raises MemoryBudgetError where `limit` is less than one layer and its largest Hessian take."""
+    config, options = source.config, how.options
+    hidden, inner = config.hidden_size, config.intermediate_size
+    block = min(options.block or inner, inner)
+    tokens = sum(map(len, how.text.sequences))
+    layer = budget.layer_bytes(config, stream.dtype.itemsize)
+    own = gram_bytes(hidden) * (2 + config.num_experts) + gram_bytes(config.num_heads * config.head_dim)
+    matrix = 4 * hidden * inner
+    factors = 0 if options.rounding == "nearest" else 4 * (inner * block + 3 * block**2)
+    expert = gram_bytes(inner, options.block) + factors + 8 * matrix
+    run = budget.Needs.of(source, stream.device, stream.dtype, max(map(len, how.text.sequences)))
+    fixed = WITH_TORCH + layer + own + max(expert, run.token * PASS_TOKENS["cpu"] + run.aside)
+    states = 2 * tokens * hidden * stream.dtype.itemsize
+    if limit is not None and fixed > limit:
+        raise MemoryBudgetError(
+            "--max-memory is too small for one layer and its Hessians; --hessian-block 2048 takes less",
+            expected=human_bytes(fixed), found=human_bytes(limit),
+        )  # fmt: skip
+    spilled = fixed + states > (COMFORTABLE if limit is None else limit)
+    return Needs(fixed + (0 if spilled else states), spilled, _operations(source, how, tokens))
+
+
+def _operations(source: Checkpoint, how: Calibrated, tokens: int) -> float:
+    """Forward passes, Hessians, factors, and the columns' updates of all layers."""
+    config, options = source.config, how.options
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    block = min(options.block or inner, inner)
+    routed = tokens * config.experts_per_token
+    forward = 2 * 2 * routed * 3 * hidden * inner + 2 * 2 * tokens * 4 * hidden**2
+    hessians = routed * (hidden**2 + inner * block) + 2 * tokens * hidden**2
+    if options.rounding == "nearest":
+        return float(config.num_layers * (forward + hessians))
+    factors = experts * 2 * (hidden**3 + inner * block**2) / 3
+    updates = experts * (2 * inner * hidden**2 + hidden * inner * block) * (1 + 2 * options.sweeps)
+    tried = 5 * experts * 512 * (2 * hidden**2 + inner * block) * 3 * how.smooth
+    return float(config.num_layers * (forward + hessians + factors + updates + tried))

@@ -1,0 +1,105 @@
+"""ggml's block types as grids: the scales that its encoder finds, columns weighed by what their inputs are worth.
+
+The blocks keep what the encoder chose but for the codes, and for d and dmin of a super-block, which are fitted again to
+the codes (grid.py): the same bytes for a reader, whichever way they were rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...formats import Ggml, Packed, ggml_grid
+from ...ops.encode import encode
+from ...storage.dtypes import DType
+from .grid import Fitted, Grid
+
+_LEAST_POWER = 1e-6  # of the mean: a block of columns that nothing reached is still encoded
+
+
+@dataclass(frozen=True)
+class BlockGrid(Grid):
+    """`blocks` uint8 [out, bytes] as encoded; `supers`: d [supers, out], and dmin where there is one."""
+
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
+    supers: tuple[Tensor, ...] = ()
+    subs: tuple[Tensor, ...] = ()  # sub-scales and sub-minima [groups, out]
+
+    def copy(self) -> BlockGrid:
+        return replace(
+            self, scale=self.scale.clone(), min=self.min.clone(), supers=tuple(one.clone() for one in self.supers)
+        )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A type that is encoded here (ops/cpu.NATIVE)."""
+
+    type: DType
+
+    @property
+    def format(self) -> Ggml:
+        return Ggml(self.type, DType.F32)
+
+    @property
+    def span(self) -> int:
+        """A super-block; MXFP4's scales are powers of two, and stay."""
+        return 0 if self.type is DType.MXFP4 else self.type.block
+
+    def grid(self, weights: Tensor, power: Tensor, hessian: Tensor | None = None) -> BlockGrid:
+        rows = weights.T.contiguous().cpu().numpy()
+        importance = power.clamp(min=_LEAST_POWER * float(power.mean())).float().cpu().numpy()
+        blocks = encode(rows, DType.F32, self.type, np.ascontiguousarray(importance), threads=torch.get_num_threads())
+        scale, least = ggml_grid.grid(self.type, blocks)
+        found = ggml_grid.supers(self.type, blocks)
+        levels = ggml_grid.levels(self.type)
+        even = bool((np.diff(levels) == 1).all())
+
+        def turned(part: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(part.T)).float().to(weights.device)
+
+        return BlockGrid(
+            ggml_grid.group(self.type), turned(scale), turned(least), int(levels[0]) if even else 0, len(levels),
+            None if even else torch.from_numpy(levels).to(weights.device), blocks=torch.from_numpy(blocks),
+            supers=tuple(turned(part) for part in (found.d, found.dmin) if part is not None),
+            subs=tuple(turned(part) for part in (found.scales, found.mins) if part is not None),
+        )  # fmt: skip
+
+    def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
+        """d, then dmin: value = d * (sub-scale * level) - dmin * sub-minimum."""
+        assert isinstance(grid, BlockGrid)
+        number, each = first // self.type.block, self.type.block // grid.group
+        groups = slice(number * each, (number + 1) * each)
+        units = [grid.subs[0][groups].repeat_interleave(grid.group, 0) * grid.levels(codes)]
+        if len(grid.supers) > 1:
+            units.append(-grid.subs[1][groups].repeat_interleave(grid.group, 0))
+        for unit, factors, subs, place, sign in zip(
+            units, grid.supers, grid.subs, (grid.scale, grid.min), (1, -1), strict=False
+        ):
+
+            def change(
+                value: Tensor, factors: Tensor = factors, subs: Tensor = subs, place: Tensor = place, sign: int = sign
+            ) -> None:
+                factors[number] = value
+                place[groups] = value * subs[groups] * sign
+
+            yield Fitted(factors[number].clone(), unit, _half, change)
+
+    def pack(self, parts: Sequence[tuple[Grid, Tensor]]) -> Packed:
+        made = []
+        for grid, codes in parts:
+            assert isinstance(grid, BlockGrid)
+            blocks = grid.blocks.numpy()
+            if self.span:
+                factors = [one.T.contiguous().cpu().numpy() for one in grid.supers]
+                blocks = ggml_grid.with_supers(self.type, blocks, *factors)
+            made.append(ggml_grid.with_codes(self.type, blocks, codes.T.contiguous().cpu().numpy()))
+        return Packed(self.format, (torch.from_numpy(np.concatenate(made, axis=1)),))
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.half().float()

@@ -1,0 +1,168 @@
+"""From layer to layer: the states that a calibrated run has reached, kept through kills.
+
+    layer i ─► quantized, written ─► its rows of the report, states before layer i + 1 (a file of the work folder)
+
+A run that goes on begins with the last states that are there: the same bits, whatever `--jobs`. A layer is quantized
+again where its regions were written but the states behind it were not.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import TensorError
+from ...formats import Packed
+from ...inference.states import States
+from ...inference.stream import Arriving, Stream
+from ...layouts.checkpoint import Checkpoint
+from ...names import Slot, layer_slots
+from ...ops import cpu
+from ...storage import disk
+from ...storage.dtypes import DType
+from ...storage.output import Output
+from ...storage.store import as_bytes, from_tensor
+from .clock import Clock
+from .layer import HeadWork, LayerWork
+from .worker import Method, Row, Stored, Worker
+
+_ROWS = 4096  # of states that are moved at a time
+_NOTE = "states"
+
+
+class Passage:
+    """Layers are asked for in order; one that was asked for before is run again from the start."""
+
+    def __init__(
+        self, source: Checkpoint, stream: Stream, method: Method, sequences: tuple[Tensor, ...], output: Output, *,
+        spilled: bool = False,
+    ) -> None:  # fmt: skip
+        """`spilled`: hidden states lie in a file."""
+        self.source, self.stream, self.method, self.sequences, self.output = source, stream, method, sequences, output
+        self.lengths = [len(ids) for ids in sequences]
+        self.spilled, self.pass_tokens = spilled, stream.plan(self.lengths).pass_tokens
+        self._states: States | None = None
+
+    def layer(self, index: int) -> Iterator[Packed]:
+        """The layer's slots as they are stored, in order. Raises as LayerWork.run, and DiskError."""
+        states = self._before(index)
+        for _, packed in self._quantized(index, states):
+            yield packed
+        self._keep(states)
+
+    def head(self) -> Iterator[Packed]:
+        """Final norm and head."""
+        states, clock = self._before(self.stream.config.num_layers), Clock()
+        work = HeadWork(self.stream, self.method, self._read, clock)
+        for _, packed in work.run(states):
+            yield packed
+        self._tell("head", work)
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        if self._states is not None:
+            self._states.close()
+        self._states = None
+
+    # --- layers ---
+
+    def _before(self, index: int) -> States:
+        if self._states is None:
+            self._states = self._restored(index)
+        if self._states is None or self._states.layer > index:
+            self.close()
+            self._states = self.stream.embed(self.sequences, spilled=self.spilled)
+        while self._states.layer < index:
+            for _ in self._quantized(self._states.layer, self._states):
+                pass
+            self._keep(self._states)
+        return self._states
+
+    def _quantized(self, index: int, states: States) -> Iterator[Stored]:
+        for layer in self.stream.layers(index, index + 1, double=False):
+            clock = Clock()
+            with clock("reading"):
+                layer.finish()
+                self._expect_finite(layer)
+            work = LayerWork(self.stream, layer, self.method, self._read, clock)
+            yield from work.run(states, self.pass_tokens)
+            self._tell(str(index), work)
+
+    def _tell(self, name: str, work: Worker) -> None:
+        rows = [{"slot": [slot.role.value, slot.layer, slot.expert], **row} for slot, row in work.rows.items()]
+        seconds = {stage: round(found, 4) for stage, found in work.clock.seconds.items()}
+        self.output.note(f"quantized.{name}", {"rows": rows, "told": _plain(work.told), "seconds": seconds})
+
+    def _read(self, slot: Slot) -> Tensor:
+        weight = self.source.read(slot).float()
+        if (bad := cpu.first_nonfinite(from_tensor(weight.view(1, -1)), DType.F32)) is not None:
+            raise self._not_finite(slot, weight.flatten()[bad], divmod(bad, weight.shape[-1]))
+        return weight.to(self.stream.device)
+
+    def _expect_finite(self, layer: Arriving) -> None:
+        """Before anything runs through them: what is no number in a weight is told by its own name."""
+        for slot in layer_slots(layer.index, self.stream.config.num_experts):
+            weight = layer.weight(slot)
+            if not bool(torch.isfinite(weight).all()):
+                bad = int((~torch.isfinite(weight.flatten())).nonzero()[0])
+                raise self._not_finite(slot, weight.flatten()[bad], divmod(bad, weight.shape[-1]))
+
+    def _not_finite(self, slot: Slot, value: Tensor, place: tuple[int, int]) -> TensorError:
+        entry = self.source.entry(slot)
+        why = f"holds {float(value)} at [{place[0]}, {place[1]}]; it cannot be quantized"
+        return TensorError(why, file=entry.source.label, tensor=entry.name)
+
+    # --- states ---
+
+    def _file(self, layer: int) -> Path:
+        return self.output.work / f"states.{layer}"
+
+    def _keep(self, states: States) -> None:
+        """Write the states and note them; those before are dropped."""
+        path, crc = self._file(states.layer), 0
+        with disk.DiskErrors(self.output.folder):
+            with path.open("wb") as file:
+                for start in range(0, states.tokens, _ROWS):
+                    rows = from_tensor(states.rows(start, min(start + _ROWS, states.tokens)))
+                    data = as_bytes(rows)
+                    crc = zlib.crc32(data, crc)
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            before = self.output.notes.get(_NOTE)
+            self.output.note(_NOTE, {"layer": states.layer, "crc32": crc})
+            if before is not None and before["layer"] != states.layer:
+                self._file(before["layer"]).unlink(missing_ok=True)
+
+    def _restored(self, index: int) -> States | None:
+        """What an earlier run reached; None where there is nothing whole, or only what is past the layer."""
+        noted = self.output.notes.get(_NOTE)
+        if noted is None or noted["layer"] > index or not (path := self._file(noted["layer"])).is_file():
+            return None
+        width = self.stream.config.hidden_size
+        spill = self.stream.spill if self.spilled else None
+        states, crc = States(self.lengths, width, self.stream.dtype, noted["layer"], spill), 0
+        with path.open("rb") as file:
+            for start in range(0, states.tokens, _ROWS):
+                rows = torch.empty(min(_ROWS, states.tokens - start), width, dtype=self.stream.dtype)
+                data = as_bytes(from_tensor(rows))
+                if file.readinto(data) != len(data):
+                    break
+                crc = zlib.crc32(data, crc)
+                states.write(start, rows)
+        if crc == noted["crc32"]:
+            return states
+        states.close()
+        return None
+
+
+def _plain(told: Row) -> dict[str, Any]:
+    """Ready for JSON."""
+    return {name: {str(key): part for key, part in value.items()} if isinstance(value, dict) else value
+            for name, value in told.items()}  # fmt: skip

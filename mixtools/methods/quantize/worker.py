@@ -1,0 +1,154 @@
+"""What is done with a norm and the matrices that read it: smoothing chosen, matrices rounded, figures told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MixtoolsError, TensorError
+from ...formats import Packed, Plain
+from ...inference.hessian import Gram
+from ...linalg.ldl import Factor, rescaled
+from ...names import Slot
+from ...storage.dtypes import DType
+from . import matrix, smoothing
+from .clock import Clock
+from .grid import Scheme
+from .matrix import Options
+from .rounding import Rounded, error
+
+ROWS_TRIED = 512  # of a matrix, spread evenly, by which smoothing is chosen
+ROWS_TOLD = 128  # by which the report's errors are told
+
+Row = dict[str, Any]
+Stored = tuple[Slot, Packed]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is quantized. `scheme` of a matrix; `stored` of norm and router; `smooth`: whether it is tried;
+    `sequential`: whether a layer's inputs come through the quantized layers before it.
+    """
+
+    scheme: Callable[[Slot], Scheme]
+    stored: Callable[[Slot], DType]
+    options: Options = field(default_factory=Options)
+    smooth: bool = True
+    sequential: bool = True
+
+
+class Worker:
+    """`read` gives a weight as the source has it, fp32, on the device; `keep` takes one as a reader will see it.
+
+    `rows`: what the report says of each matrix; `told`: of them all.
+    """
+
+    def __init__(
+        self, method: Method, read: Callable[[Slot], Tensor], keep: Callable[[Slot, Tensor], None], clock: Clock
+    ) -> None:
+        self.method, self.read, self.keep, self.clock = method, read, keep, clock
+        self.rows: dict[Slot, Row] = {}
+        self.told: Row = {}
+
+    def norm(
+        self, slot: Slot, inputs: Gram, readers: Sequence[tuple[Mapping[Slot, Tensor], Gram]]
+    ) -> tuple[Stored, Tensor]:
+        """The norm as stored, and the scales [in] that its readers' columns get; `readers` with their own inputs."""
+        norm, dtype = self.read(slot), self.method.stored(slot)
+        choice = smoothing.Choice(0.0, torch.ones_like(norm), {})
+        if self.method.smooth and inputs.tokens:
+            heard = [(weights, gram, self.factor(gram.blocks[0])) for weights, gram in readers if gram.tokens]
+
+            def lost(scale: Tensor) -> float:
+                return sum(self.tried(weights, gram.blocks[0], found, scale) for weights, gram, found in heard)
+
+            with self.clock("smoothing"):
+                choice = smoothing.choose(inputs.magnitude / inputs.tokens, lost)
+        stored, scale = smoothing.on_norm(norm, choice.scale, dtype.torch())
+        if not bool(torch.isfinite(stored).all()):
+            raise TensorError(f"does not fit {dtype.value}", tensor=slot)
+        self.told[slot.role.value] = {
+            "exponent": choice.exponent, "errors": choice.errors, "bounded": smoothing.bounded(choice.scale),
+        }  # fmt: skip
+        self.keep(slot, stored)
+        return (slot, Packed(Plain(dtype), (stored.cpu(),))), scale
+
+    def tried(
+        self, tried: Mapping[Slot, Tensor], hessian: Tensor, found: Factor | None, scale: Tensor
+    ) -> float:  # fmt: skip
+        """The energy of the outputs' error of some rows of matrices, at inputs divided by `scale`.
+
+        With the order and the damping of the Hessian as it is (`found`): then no candidate needs a factor of its own.
+        """
+        power = hessian.diagonal() / scale.square()
+        whole = matrix.scaled(hessian, scale) if found is None else None
+        found = rescaled(found, 1 / scale) if found else None
+        total = 0.0
+        for slot, weights in tried.items():
+            few = spread(weights, ROWS_TRIED) * scale[:, None]
+            with _of(slot):
+                made = matrix.quantize(few, power, self.method.scheme(slot), self.method.options, found, hessian=whole)
+            total += error(made.errors / scale[:, None], hessian)
+        return total
+
+    def round(self, slot: Slot, weights: Tensor, hessian: Tensor, found: Factor | None) -> tuple[Rounded, Row]:
+        """A matrix [in, out], or a run of its columns, and what the report says of it. Raises as matrix.quantize."""
+        scheme = self.method.scheme(slot)
+        with self.clock("rounding"), _of(slot):
+            made = matrix.quantize(weights, hessian.diagonal(), scheme, self.method.options, found, hessian=hessian)
+        with self.clock("report"):
+            row = _figures(weights, hessian, scheme, made)
+        return made, {**row, "damping": found.damping if found else None}
+
+    def finished(self, slot: Slot, parts: Sequence[tuple[Rounded, Row]], tokens: int) -> Stored:
+        """`parts`: runs of columns, in order."""
+        with self.clock("packing"):
+            packed = self.method.scheme(slot).pack([(made.grid, made.codes) for made, _ in parts])
+            self.keep(slot, packed.dense)
+        energy = sum(row["energy"] for _, row in parts) or 1.0
+        first = parts[0][1]
+        self.rows[slot] = {
+            "tokens": tokens, "damping": first["damping"], "clip": first["clip"],
+            **{name: sum(row[name] for _, row in parts) / energy for name in ("nearest", "error")},
+        }  # fmt: skip
+        return slot, packed
+
+    def factor(self, hessian: Tensor) -> Factor | None:
+        with self.clock("factor"):
+            return matrix.prepared(hessian, self.method.options)
+
+    def weights(self, slot: Slot, rows: int | None = None) -> Tensor:
+        """[in, out], or of so many rows of the matrix, spread evenly."""
+        found = self.read(slot).T
+        return spread(found, rows) if rows else found.contiguous()
+
+
+@contextmanager
+def _of(slot: Slot) -> Iterator[None]:
+    """Errors within name the slot."""
+    try:
+        yield
+    except MixtoolsError as error:
+        error.tensor = error.tensor or str(slot)
+        raise
+
+
+def spread(weights: Tensor, rows: int) -> Tensor:
+    """So many of the rows of weights [in, out], all if there are no more."""
+    return weights[:, :: max(1, weights.shape[1] // rows)].contiguous()
+
+
+def _figures(weights: Tensor, hessian: Tensor, scheme: Scheme, made: Rounded) -> Row:
+    """Energies of some rows' outputs, and of their errors: rounded to nearest, and as made."""
+    few, errors = spread(weights, ROWS_TOLD), spread(made.errors, ROWS_TOLD)
+    grid = scheme.grid(few, torch.ones_like(hessian.diagonal()))
+    plain = few - grid.values(grid.nearest(few))
+    return {
+        "energy": error(few, hessian), "nearest": error(plain, hessian), "error": error(errors, hessian),
+        "clip": made.grid.clip,
+    }  # fmt: skip
