@@ -4,6 +4,10 @@
 
 An environment is made anew when its pins change, and mixtools installed into it again when mixtools does. A peer that
 cannot be had is told at the end, with the reason; its whole story is in .venv-peers/NAME.log.
+
+A pin may end in "# without dependencies", where a program asks for more than it needs or for other versions than work,
+and mixtools itself too, where the peer's versions are older than it allows; or in "# removed again", for what comes
+along as a dependency and does harm.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ PEER_VARIABLE = "MIXTOOLS_PEER"  # tests/peers/conftest.py collects nothing with
 BESIDE = ROOT.parent / "shared" / "peers" / "wheels"
 RUNS_THE_TESTS = ("pytest", "hypothesis")
 NO_TESTS = 5  # pytest's exit status
+ALONE, REMOVED = MARKS = ("without dependencies", "removed again")
+OURS = "mixtools"
 
 USAGE = """usage: scripts/test --peers [NAME ...] [arguments of pytest]
 
@@ -66,6 +72,12 @@ def constraints(pins: str, ours: str) -> str:
     """Our versions, but for the packages that a peer needs in others."""
     pinned = {package(line) for line in pins.splitlines()} - {None}
     return "".join(f"{line}\n" for line in ours.splitlines() if package(line) not in pinned)
+
+
+def marked(pins: str, mark: str | None) -> list[str]:
+    """The requirements whose line bears that mark; without one, those with none."""
+    lines = [line.partition("#") for line in pins.splitlines() if package(line)]
+    return [left.strip() for left, _, said in lines if (said.strip() if said.strip() in MARKS else None) == mark]
 
 
 def wheels() -> Path | None:
@@ -110,11 +122,16 @@ class Environment:
             venv.create(self.folder, with_pip=True)
             # torch by itself first: its version alone decides whether gigabytes of CUDA libraries come along
             self._pip(told, found, "torch")
-            self._pip(told, found, "-r", str(PINS / f"{self.name}.txt"), *RUNS_THE_TESTS)
+            self._pip(told, found, *marked(self.pins, None), *RUNS_THE_TESTS)
+            if alone := [pin for pin in marked(self.pins, ALONE) if pin != OURS]:
+                self._pip(told, found, "--no-deps", *alone)
+            if removed := marked(self.pins, REMOVED):
+                subprocess.run([self.python, "-m", "pip", "uninstall", "--yes", "--quiet", *removed], check=True)
             self._write_stamp("peer", theirs)
         if self._stamp("mixtools") != ours:
             print(f"installing mixtools into .venv-peers/{self.name}", flush=True)
-            self._pip(told, found, "-e", f"{ROOT}[iq]")
+            alone = OURS in marked(self.pins, ALONE)
+            self._pip(told, found, *(["--no-deps", "-e", str(ROOT)] if alone else ["-e", f"{ROOT}[iq]"]))
             self._write_stamp("mixtools", ours)
 
     def _pip(self, constrained: str, found: Path | None, *what: str) -> None:

@@ -66,10 +66,24 @@ def test_torch_goes_first_then_the_pins_then_mixtools(peers: Path) -> None:
     assert script.main(["print", "one"]) == 0
     installed = [call for call in calls(peers, "one") if "pip install" in call]
     assert [call.rpartition(" ")[2] for call in installed] == ["torch", "hypothesis", f"{script.ROOT}[iq]"]
-    assert f"-r {peers / 'one.txt'} pytest" in installed[1]
+    assert installed[1].endswith(" one==1 numpy==1.26.4 pytest hypothesis")
     assert all(f"-c {peers / 'made' / 'one' / 'constraints.txt'}" in call for call in installed)
     assert "numpy" not in (peers / "made" / "one" / "constraints.txt").read_text()
     assert not any("find-links" in call for call in installed)
+
+
+def test_what_asks_for_too_much_goes_without_its_dependencies(peers: Path) -> None:
+    lines = ("# why", "old == 3 # without dependencies", "one==1 # of its time", "bad # removed again")
+    (peers / "one.txt").write_text("\n".join((*lines, "mixtools # without dependencies")))
+    assert script.main(["print", "one"]) == 0
+    ends = (
+        "torch",
+        "one==1 pytest hypothesis",
+        "--no-deps old == 3",
+        "--yes --quiet bad",
+        f"--no-deps -e {script.ROOT}",
+    )
+    assert all(call.endswith(f" {end}") for call, end in zip(calls(peers, "one"), ends, strict=False))
 
 
 def test_what_is_there_is_used_again_until_something_changes(peers: Path) -> None:
@@ -87,7 +101,7 @@ def test_what_is_there_is_used_again_until_something_changes(peers: Path) -> Non
 
 
 def test_an_installation_that_failed_is_tried_again(peers: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer(peers, 'case "$*" in *one.txt*) echo "ERROR: no one==1"; exit 1;; esac')
+    answer(peers, 'case "$*" in *one==1*) echo "ERROR: no one==1"; exit 1;; esac')
     assert script.main(["print", "one"]) == 1
     assert "one: not had: ERROR: no one==1 (see .venv-peers/one.log)" in capsys.readouterr().out
     answer(peers, "exit 0")
@@ -95,7 +109,7 @@ def test_an_installation_that_failed_is_tried_again(peers: Path, capsys: pytest.
 
 
 def test_a_peer_that_cannot_be_had_is_told_and_the_others_run(peers: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer(peers, 'case "$*" in *one.txt*) echo "ERROR: no one==1"; exit 1;; esac')
+    answer(peers, 'case "$*" in *one==1*) echo "ERROR: no one==1"; exit 1;; esac')
     assert script.main(["print"]) == 0
     last = capsys.readouterr().out.partition("== peers\n")[2].splitlines()
     assert last == ["one: not had: ERROR: no one==1 (see .venv-peers/one.log)", "two: had; passed"]
