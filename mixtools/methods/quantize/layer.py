@@ -22,6 +22,7 @@ from ...inference.hessian import Gram
 from ...inference.model import Layer, rms_norm
 from ...inference.states import States
 from ...inference.stream import Stream
+from ...linalg.ldl import Factor
 from ...names import Role, Slot
 from . import matrix, smoothing
 from .clock import Clock
@@ -94,7 +95,7 @@ class LayerWork(Worker):
         shown, tokens = seen.rows_of(expert)
         gram = seen.take(expert, shown)
         inner, weights = seen.inner(expert, shown, self.method.options.block), self.weights(down)
-        choice = self._inner_scale(down, weights, inner)
+        choice, factors = self._inner_scale(down, weights, inner)
         hessian = matrix.scaled(gram.blocks[0], scale)
         found, made = self.factor(hessian), {}
         for slot, rows in ((gate, None), (up, choice.scale)):
@@ -104,21 +105,25 @@ class LayerWork(Worker):
             made[slot] = self.finished(slot, [self.round(slot, wide, hessian, found)], tokens)
         del hessian, found, wide, gram
         parts = []
-        for at, hessian in zip(inner.starts, inner.blocks, strict=True):
+        for number, (at, hessian) in enumerate(zip(inner.starts, inner.blocks, strict=True)):
             part = slice(at, at + len(hessian))
-            hessian.div_(choice.scale[part, None]).div_(choice.scale[part])
-            parts.append(self.round(down, weights[part] * choice.scale[part, None], hessian, self.factor(hessian)))
+            if choice.exponent:
+                hessian.div_(choice.scale[part, None]).div_(choice.scale[part])
+            factor = factors[number] if factors else self.factor(hessian)
+            parts.append(self.round(down, weights[part] * choice.scale[part, None], hessian, factor))
         made[down] = self.finished(down, parts, tokens)
         self.rows[down]["exponent"] = choice.exponent
         for slot in (gate, down, up):
             self.rows[slot]["shown"] = len(shown)
             yield made[slot]
 
-    def _inner_scale(self, slot: Slot, weights: Tensor, inner: Gram) -> smoothing.Choice:
-        """Of w2's columns and w3's rows."""
+    def _inner_scale(
+        self, slot: Slot, weights: Tensor, inner: Gram
+    ) -> tuple[smoothing.Choice, list[Factor | None] | None]:
+        """Of w2's columns and w3's rows; and the factors of the Hessian's blocks where it stays as it is."""
         magnitude = inner.magnitude / max(1, inner.tokens)
         if not self.method.smooth or not inner.tokens:
-            return smoothing.Choice(0.0, torch.ones_like(magnitude), {})
+            return smoothing.Choice(0.0, torch.ones_like(magnitude), {}), None
         found = [self.factor(block) for block in inner.blocks]
 
         def lost(scale: Tensor) -> float:
@@ -128,7 +133,8 @@ class LayerWork(Worker):
             )
 
         with self.clock("smoothing"):
-            return smoothing.choose(magnitude, lost)
+            choice = smoothing.choose(magnitude, lost)
+        return choice, None if choice.exponent else found
 
     # --- norms and router ---
 

@@ -25,11 +25,15 @@ BLOCK = 128  # columns whose errors are carried on one by one; those of a block 
 
 @dataclass(frozen=True)
 class Rounded:
-    """`codes` uint8 [in, out] on `grid`, and `errors` [in, out]: weight less value."""
+    """`codes` uint8 [in, out] on `grid`, and `errors` [in, out]: weight less value.
+
+    `lost`: Σ e (H + damping) eᵀ over the rows, where rounding tells it.
+    """
 
     grid: Grid
     codes: Tensor
     errors: Tensor
+    lost: float | None = None
 
 
 def nearest(weights: Tensor, grid: Grid) -> Rounded:
@@ -40,7 +44,7 @@ def nearest(weights: Tensor, grid: Grid) -> Rounded:
 
 def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
     """With each column's error carried on to those behind it."""
-    ordered = weights[found.order]
+    ordered, lost = weights[found.order], 0.0
     made = Rounded(
         grid, torch.zeros(ordered.shape, dtype=torch.uint8, device=weights.device), torch.zeros_like(ordered)
     )
@@ -49,8 +53,10 @@ def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
         targets = torch.addmm(ordered[block], found.feedback[:start, block].T, made.errors[:start])
         _round(made, block, found.order[block], targets=targets, weights=ordered,
                feedback=found.feedback[block, block])  # fmt: skip
+        missed = targets.sub_(ordered[block]).add_(made.errors[block])  # each target less the value that it became
+        lost += float((missed.square_().sum(1) * found.pivots[block]).sum(dtype=torch.float64))
     back = torch.argsort(found.order)
-    return Rounded(grid, made.codes[back], made.errors[back])
+    return Rounded(grid, made.codes[back], made.errors[back], lost)
 
 
 def sweep(weights: Tensor, rounded: Rounded, hessian: Tensor, damping: float, scheme: Scheme) -> Rounded:

@@ -85,15 +85,22 @@ class Worker:
 
         With the order and the damping of the Hessian as it is (`found`): then no candidate needs a factor of its own.
         """
-        power = hessian.diagonal() / scale.square()
-        whole = matrix.scaled(hessian, scale) if found is None else None
-        found = rescaled(found, 1 / scale) if found else None
+        power, whole, damped = hessian.diagonal() / scale.square(), None, 0.0
+        if found is None:
+            whole = matrix.scaled(hessian, scale)
+        else:
+            damped = found.damping * float(hessian.diagonal().mean(dtype=torch.float64))
+            found = rescaled(found, 1 / scale)
         total = 0.0
         for slot, weights in tried.items():
             few = spread(weights, ROWS_TRIED) * scale[:, None]
             with _of(slot):
                 made = matrix.quantize(few, power, self.method.scheme(slot), self.method.options, found, hessian=whole)
-            total += error(made.errors / scale[:, None], hessian)
+            errors = made.errors / scale[:, None]
+            if made.lost is None:
+                total += error(errors, hessian)
+            else:  # what rounding knows of the damped error, less the damping's part
+                total += made.lost - damped * float(errors.square_().sum(dtype=torch.float64))
         return total
 
     def round(self, slot: Slot, weights: Tensor, hessian: Tensor, found: Factor | None) -> tuple[Rounded, Row]:

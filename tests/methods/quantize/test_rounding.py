@@ -118,6 +118,15 @@ def test_order_and_groups_keep_their_places() -> None:
         torch.testing.assert_close(weights[part] - found.errors[part], values, rtol=0, atol=1e-7)
 
 
+def test_rounding_knows_what_it_lost() -> None:
+    weights, hessian = data(7)
+    scheme, found = Groups(Awq(64)), factor(hessian, 0.05)
+    rounded = rounding.second_order(weights, scheme.grid(weights, hessian.diagonal()), found)
+    damped = hessian.double() + 0.05 * float(hessian.diagonal().double().mean()) * torch.eye(WIDE)
+    expected = float((damped @ rounded.errors.double() * rounded.errors.double()).sum())
+    assert rounded.lost == pytest.approx(expected, rel=1e-4)
+
+
 # --- grids ---
 
 
