@@ -27,7 +27,7 @@ class Option(NamedTuple):
 
     `key`: its name in recipes and, with dashes, on the command line, if not the parameter's. `argument`: it stands
     without a flag. `machine`: it says how and not what, changes no byte, and no recipe holds it. `flags`: another
-    spelling than --key.
+    spelling than --key. `words`: what a FILE may be instead of one.
     """
 
     metavar: str = ""
@@ -38,6 +38,7 @@ class Option(NamedTuple):
     argument: bool = False
     machine: bool = False
     flags: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 class Parameter(NamedTuple):

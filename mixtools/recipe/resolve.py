@@ -39,7 +39,9 @@ class Typed(str):
 
 
 class Option(NamedTuple):
-    """An option of a verb. `choices` are spelled NAME or NAME=VALUE; `file` must exist, `folder` is written."""
+    """An option of a verb. `choices` are spelled NAME or NAME=VALUE; `file` must exist, but for
+    `words`; `folder` is written.
+    """
 
     type: type
     required: bool
@@ -51,6 +53,7 @@ class Option(NamedTuple):
     file: bool = False
     folder: bool = False
     model: bool = False
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class Step:
         return next((Path(path) for path in paths if path is not None), None)
 
     def inputs(self) -> list[str]:
-        named = self.verb.options.items()
-        return [str(self.options[n]) for n, o in named if (o.file or o.model) and n in self.options]
+        named = [(n, o) for n, o in self.verb.options.items() if (o.file or o.model) and n in self.options]
+        return [str(self.options[name]) for name, option in named if self.options[name] not in option.words]
 
     def document(self) -> dict[str, Any]:
         return {"do": self.verb.name, "as": self.name, **self.options}
@@ -352,6 +355,8 @@ def _expect_files(steps: Sequence[Step]) -> None:
         for key, option in step.verb.options.items():
             place = f"steps.{step.name}.{key}"
             if key not in step.options or not (option.file or option.folder or option.model):
+                continue
+            if step.options[key] in option.words:
                 continue
             path = Path(step.options[key])
             known = path.absolute() in made or any(parent in made for parent in path.absolute().parents)

@@ -40,4 +40,5 @@ def _option(parameter: Parameter) -> Option:
         choices=tuple(about.metavar.split("|")) if "|" in about.metavar else (),
         low=about.low, high=about.high,
         file=about.metavar == "FILE", folder=about.metavar in _FOLDERS, model=about.metavar in _MODELS,
+        words=about.words,
     )  # fmt: skip

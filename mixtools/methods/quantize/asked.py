@@ -16,7 +16,7 @@ from ...machine import find_device, human_bytes, product_rate
 from ...progress import Progress
 from ...text.reading import DEFAULT
 from .calibrated import Calibrated
-from .matrix import Options
+from .matrix import DAMPING, Options
 
 COMFORTABLE = 12_000_000_000  # bytes: hidden states go to a file rather than beyond, where nothing else is asked for
 
@@ -33,7 +33,7 @@ class Asked:
     seed: int | None
     smooth: bool
     rounding: str
-    damping: float
+    damping: float | None
     sweeps: int
     block: int | None
     sequential: bool
@@ -53,7 +53,8 @@ class Asked:
         found = sequences(
             text, source, samples=self.samples, seq_len=self.seq_len, sampling=self.sampling, seed=self.seed
         )
-        options = Options(self.rounding, self.damping, self.sweeps, self.block)
+        damping = DAMPING if self.damping is None else self.damping
+        options = Options(self.rounding, damping, self.sweeps, self.block)
         stream = Stream(source, find_device(self.device), source.main_dtype().torch())
         return Calibrated(found, options, self.smooth, self.sequential), stream
 

@@ -106,7 +106,9 @@ def quantize_by_backend(
     found = backends.find(backend)
     checkpoint = open_model(source)
     expect_not_quantized(checkpoint, asked.requantize)
-    wanted = backends.Asked(kind.bits, kind.group, kind.symmetric, asked.damping)
+    wanted = backends.Asked(kind.bits, kind.group, kind.symmetric)
+    if asked.damping is not None:
+        wanted = replace(wanted, damping=asked.damping)
     backends.expect_fit(backend, wanted, checkpoint)
     how, stream = asked.calibrated(checkpoint)
     job = plan_packed(checkpoint, kind, how, stream, Conversion())  # of the same sizes

@@ -39,19 +39,45 @@ def quantize(
     expert_names: Annotated[str, Option("legacy|v5", "Who loads which: the README's table.")] = "legacy",
     calibration: Annotated[
         str | Path | None,
-        Option("FILE", "Text (txt, jsonl, json, parquet), or default: one that comes along."),
+        Option("FILE", "Text (txt, jsonl, json, parquet), or default: one that comes along.", words=("default",)),
     ] = None,
     samples: Annotated[int, Option("N", "Of the text.", low=1)] = 128,
     seq_len: Annotated[int, Option("N", "Tokens of a sample.", low=2)] = 2048,
     sampling: Annotated[str | None, Option("spread|start|random", "Where samples are taken: spread evenly.")] = None,
     seed: Annotated[int | None, Option("N", "Of random samples.", low=0)] = None,
-    smooth: Annotated[str, Option("auto|off", "Move scales between a layer's matrices where that helps.")] = "auto",
-    rounding: Annotated[str, Option("second-order|nearest", "nearest: each weight by itself.")] = "second-order",
-    damping: Annotated[float, Option("SHARE", "Of the Hessian's mean diagonal, added to it.", low=1e-6, high=1)] = 0.05,
-    sweeps: Annotated[int, Option("N", "Of coordinate descent and fitted scales, after rounding.", low=0)] = 1,
-    hessian_block: Annotated[int | None, Option("N", "Of w2's Hessian keep blocks of N columns.", low=256)] = None,
+    smooth: Annotated[
+        str,
+        Option(
+            "auto|off",
+            "Move scales between a layer's matrices where that helps: KLD / 3 with outlier channels, nothing without.",
+        ),
+    ] = "auto",
+    rounding: Annotated[
+        str, Option("second-order|nearest", "nearest: each weight by itself; twice the KLD.")
+    ] = "second-order",
+    damping: Annotated[
+        float | None,
+        Option(
+            "SHARE",
+            "Of the Hessian's mean diagonal, added to it; 0.05. Down to 0.01 KLD + 5 % at most.",
+            low=1e-6,
+            high=1,
+        ),
+    ] = None,
+    sweeps: Annotated[
+        int, Option("N", "Of coordinate descent and fitted scales: KLD - 5 %, rounding takes 3 times as long.", low=0)
+    ] = 1,
+    hessian_block: Annotated[
+        int | None,
+        Option("N", "Of w2's Hessian keep blocks of N columns: less memory; half a row: KLD + 9 %.", low=256),
+    ] = None,
     sequential: Annotated[
-        bool, Option("", "Inputs come through the quantized layers.", flags=("--sequential/--no-sequential",))
+        bool,
+        Option(
+            "",
+            "Inputs come through the quantized layers; within noise on small models.",
+            flags=("--sequential/--no-sequential",),
+        ),
     ] = True,
     name: Annotated[str | None, Option("NAME", "Of GGUF files: NAME.TYPE.gguf.")] = None,
     imatrix: Annotated[str | Path | None, Option("FILE", "Importance matrix, GGUF or .dat.")] = None,
@@ -91,12 +117,19 @@ def quantize(
 
     Example: mixtools quantize Mixtral-8x7B-v0.1 Mixtral-8x7B-v0.1-GPTQ --method gptq --calibration texts.jsonl
 
-    method, format: bits; zeros; groups (-1 is a row).
-    gptq auto-gptq: 2, 3, 4, 8; in the middle; -1, 32, 64, 128.
-    gptq compressed-tensors: 4, 8; in the middle; -1, 32, 64, 128.
-    awq autoawq: 4; by group; -1, 32, 64, 128.
-    awq compressed-tensors: 4, 8; by group; -1, 32, 64, 128.
-    awq auto-gptq: 2, 3, 4, 8; by group; -1, 32, 64, 128.
+    What goes together, as method, format: bits; zeros. Groups are 32, 64, 128, or -1, a row.
+
+    gptq, auto-gptq: 2, 3, 4, 8; in the middle.
+
+    gptq, compressed-tensors: 4, 8; in the middle.
+
+    awq, autoawq: 4; by group.
+
+    awq, compressed-tensors: 4, 8; by group.
+
+    awq, auto-gptq: 2, 3, 4, 8; by group.
+
+    nf4: 4, in blocks of 64. int8: 8, by row.
 
     --dry-run tells sizes, memory and time; for GGUF, SRC may then hold a config.json or params.json alone.
 

@@ -334,3 +334,18 @@ def test_too_little_memory(tmp_path: Path) -> None:
     spilled = quantize(tmp_path / "spilled", method="gptq", max_memory="435MB")
     quantize(tmp_path / "memory", method="gptq")
     assert weights(spilled.output) == weights(tmp_path / "memory")
+
+
+@pytest.mark.parametrize(("text", "why"), [("default", None), ("missing.txt", "missing.txt does not exist")])
+def test_a_recipe_takes_the_text_that_comes_along(tmp_path: Path, text: str, why: str | None) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: q\ndescription: q\nsteps:\n- do: quantize\n  src: {NANO}\n  out: {tmp_path / 'out'}\n  method: gptq\n"
+        f"  calibration: {text}\n  samples: 4\n  seq_len: 64\n"
+    )
+    if why is not None:
+        with pytest.raises(errors.RecipeError, match=why):
+            mixtools.run_recipe(recipe)
+        return
+    mixtools.run_recipe(recipe)
+    assert (tmp_path / "out" / "quantize-report.html").is_file()
