@@ -130,6 +130,22 @@ def test_a_file_means_to_llama_what_it_means_to_us(
         assert its.kld < 4e-3 and its.median < 1e-3 and its.same_top > 0.95
 
 
+@pytest.mark.parametrize("type", ["Q6_K", "Q4_K_M", "Q2_K", "IQ4_XS", "Q4_0"])
+def test_a_calibrated_file_is_of_the_same_kind(
+    type: str, windows: list[list[int]], with_imatrix: Make, tmp_path: Path
+) -> None:
+    """Smoothed norms and router, other codes: the same tensors, types and sizes, and what it means to us."""
+    file = tmp_path / f"{type}.gguf"
+    mixtools.quantize(NANO, file, type=[type], calibration=TEXT, samples=8, seq_len=64)
+    kept, usual = llama.tensors(file), llama.tensors(with_imatrix(type))
+    assert {n: (k.type, len(k.data)) for n, k in kept.items()} == {n: (k.type, len(k.data)) for n, k in usual.items()}
+    mine = ours(file, windows)
+    exact = llama.beside(llama.logits(llama.in_f32(file, tmp_path / "f32.gguf"), windows), mine)
+    assert exact.kld < 1e-10 and exact.same_top == 1
+    its = llama.beside(llama.logits(file, windows), mine)
+    assert its.kld < 4e-3 and its.median < 1e-3 and its.same_top > 0.95
+
+
 @pytest.mark.parametrize("type", ["F32", "BF16"])
 def test_a_lossless_file_is_the_source(
     type: str, windows: list[list[int]], truth: torch.Tensor, plain: Make, tmp_path: Path

@@ -101,19 +101,18 @@ def _fit_scales(made: Rounded, columns: slice, near: Tensor, slope: Tensor, sche
 
 
 def _refit(fitted: Fitted, errors: Tensor, slope: Tensor, near: Tensor, inside: slice) -> None:
-    """A factor by least squares, for the rows that gain; `errors` of its columns and `slope` [block, out] follow.
+    """A factor by least squares; `errors` of its columns and `slope` [block, out] follow.
 
-    `near` [block, block] is the block's Hessian, `inside` which of its columns the factor is of.
+    `near` [block, block] is the block's Hessian, `inside` which of its columns the factor is of. The error is quadratic
+    in the factor, so that the stored value next to the best one loses nothing against any other.
     """
     reach = near[:, inside] @ fitted.unit  # [block, out]
     top, bottom = (fitted.unit * slope[inside]).sum(0), (fitted.unit * reach[inside]).sum(0)
     moved = fitted.stored(fitted.value + top / torch.where(bottom > 0, bottom, 1.0))
     change = torch.where(torch.isfinite(moved) & (moved * fitted.value > 0), moved - fitted.value, 0.0)
-    gains = change * (2 * top - change * bottom) > 0  # the error falls by so much
-    change = torch.where(gains, change, 0.0)
     errors -= change * fitted.unit
     slope -= change * reach
-    fitted.set(torch.where(gains, moved, fitted.value))
+    fitted.set(torch.where(change != 0, moved, fitted.value))
 
 
 def _round(

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8"},
     "blocks": {"method": "gptq", "hessian_block": 256, "sweeps": 0},
     "gguf": {"method": "gguf", "type": ["Q4_K_M"]},
-    "gguf-2": {"method": "gguf", "type": ["Q2_K"], "smooth": "off"},
+    "gguf-2": {"method": "gguf", "type": ["Q2_K_S"], "smooth": "off"},  # llama.cpp makes it with an imatrix alone
     "iq4": {"method": "gguf", "type": ["IQ4_XS"], "hessian_block": 256},
 }
 

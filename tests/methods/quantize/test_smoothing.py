@@ -16,12 +16,14 @@ from mixtools.formats import Gptq, Packed, Plain
 from mixtools.inference.hessian import Gram
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader, random_reader
-from mixtools.methods.quantize import smoothing
+from mixtools.linalg.ldl import rescaled
+from mixtools.methods.quantize import matrix, smoothing
+from mixtools.methods.quantize.clock import Clock
 from mixtools.methods.quantize.grid import Groups
 from mixtools.methods.quantize.layer import LayerWork
 from mixtools.methods.quantize.matrix import Options
 from mixtools.methods.quantize.rounding import Rounded
-from mixtools.methods.quantize.worker import Method, Stored
+from mixtools.methods.quantize.worker import Method, Stored, Worker
 from mixtools.names import Role, Slot
 from mixtools.storage.dtypes import DType
 
@@ -217,3 +219,23 @@ def test_the_layers_live_weights_are_a_readers() -> None:
     assert isinstance(next(iter(made)), Slot) and [*made] == [slot for slot in reader.slots() if slot.layer == 0]
     _, _, plain = run(reader, LayerWork, sequential=False)
     torch.testing.assert_close(plain, after(reader), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_a_candidate_costs_what_it_loses_at_the_output(rounding: str) -> None:
+    """Undamped, and of the outputs as they are, whatever the inputs are divided by."""
+    generator = torch.Generator().manual_seed(0)
+    weights, x = torch.randn(64, 40, generator=generator), torch.randn(300, 64, generator=generator)
+    x *= torch.logspace(-1.5, 1.5, 64)
+    hessian, scale, slot = x.T @ x, torch.logspace(-1, 1, 64), Slot(Role.Q, 0)
+    scheme, options = Groups(Gptq(4, 32), 1), Options(rounding, damping=0.3)
+    work = Worker(Method(lambda _: scheme, lambda _: DType.F32, options), lambda _: weights, lambda *_: None, Clock())
+    found = matrix.prepared(hessian, options)
+    told = work.tried({slot: weights}, hessian, found, scale)
+    smoothed = hessian / scale[:, None] / scale
+    factor = None if found is None else rescaled(found, 1 / scale)
+    made = matrix.quantize(weights * scale[:, None], smoothed.diagonal(), scheme, options, factor, hessian=None)
+    if found is None:
+        made = matrix.quantize(weights * scale[:, None], smoothed.diagonal(), scheme, options, None, hessian=smoothed)
+    outputs = x.double() @ (made.errors / scale[:, None]).double()
+    assert told == pytest.approx(float(outputs.square().sum()), rel=1e-3)
