@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +209,17 @@ class Checkpoint:
         for entry in self.store.entries.values():
             counts[entry.dtype] += entry.nbytes
         return dict(counts)
+
+
+@contextmanager
+def located(source: Checkpoint, slot: Slot) -> Iterator[None]:
+    """Errors within name the file and the tensor they are about."""
+    try:
+        yield
+    except MixtoolsError as error:
+        entry = source.entry(slot)
+        error.file, error.tensor = error.file or str(entry.source.label), error.tensor or entry.name
+        raise
 
 
 def _parts(rows: int, row_bytes: int, max_bytes: int, granule: int) -> Iterator[slice]:

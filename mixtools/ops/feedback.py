@@ -83,7 +83,7 @@ def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
 
 
 @_round_block.register_fake
-def _(  # noqa: PLR0917
+def _(  # noqa: PLR0917 (the same tensors, by position)
     targets: Tensor, weights: Tensor, errors: Tensor, codes: Tensor, scales: Tensor, mins: Tensor, group_of: Tensor,
     feedback: Tensor, table: Tensor | None, count: int, low: int, threads: int,
 ) -> None:  # fmt: skip

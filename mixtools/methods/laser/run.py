@@ -28,7 +28,7 @@ from ...errors import UsageError
 from ...formats import Format, Packed
 from ...inference.calibrate import Calibration
 from ...job import Job
-from ...layouts.checkpoint import Checkpoint
+from ...layouts.checkpoint import Checkpoint, located
 from ...names import Slot
 from ...storage.output import Output
 from . import report as pages
@@ -37,7 +37,7 @@ from .method import Result, check_factors, factored
 from .selection import Options, select
 from .sequential import Sequential
 from .survey import Survey
-from .worker import Worker, located
+from .worker import Worker
 
 
 def plan_laser(

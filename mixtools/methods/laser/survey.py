@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ...errors import UsageError
-from ...layouts.checkpoint import Checkpoint
+from ...layouts.checkpoint import Checkpoint, located
 from ...names import Slot
 from ...progress import Progress, Silent
 from .budget import Matrix, check, distribute, stored_bytes
 from .method import report_of
-from .worker import Row, Worker, located
+from .worker import Row, Worker
 
 Found = TypeVar("Found")
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import MixtoolsError
 from ...inference.calibrate import Calibration
-from ...layouts.checkpoint import Checkpoint
+from ...layouts.checkpoint import Checkpoint, located
 from ...layouts.hf import HF
 from ...linalg.output import Covariance
 from ...linalg.spectrum import Spectrum
@@ -72,14 +69,3 @@ class Worker:
     def tokens(self, slot: Slot) -> int | None:
         """That calibrated it, once they have."""
         return self.calibration.tokens[slot] if self.calibration else None
-
-
-@contextmanager
-def located(source: Checkpoint, slot: Slot) -> Iterator[None]:
-    """Errors within name the file and the tensor they are about."""
-    try:
-        yield
-    except MixtoolsError as error:
-        entry = source.entry(slot)
-        error.file, error.tensor = error.file or str(entry.source.label), error.tensor or entry.name
-        raise

@@ -16,10 +16,12 @@ from typing import Any
 def main(job: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # its farewell
     import torch
+
+    # in an environment that has it, which is not the one that types are checked in
     from awq import AutoAWQForCausalLM  # type: ignore[import-not-found]
     from awq.quantize.quantizer import AwqQuantizer  # type: ignore[import-not-found]
 
-    class Told(AwqQuantizer):  # type: ignore[misc]
+    class Told(AwqQuantizer):  # type: ignore[misc]  # a base of no known type there
         """Tells of each layer once it is packed."""
 
         done = 0

@@ -22,11 +22,13 @@ class Layers(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if found := re.fullmatch(r"Start quantizing layer (\d+)/(\d+)", record.getMessage()):
-            print(json.dumps({"layer": int(found[1]) - 1, "layers": int(found[2])}), flush=True)  # noqa: T201
+            print(json.dumps({"layer": int(found[1]) - 1, "layers": int(found[2])}), flush=True)  # noqa: T201 (its parent reads it)
 
 
 def main(job: dict[str, Any]) -> None:
     import torch
+
+    # in an environment that has it, which is not the one that types are checked in
     from auto_gptq import BaseQuantizeConfig  # type: ignore[import-not-found]
     from auto_gptq.modeling import _base, _utils  # type: ignore[import-not-found]
     from auto_gptq.modeling.mixtral import MixtralGPTQForCausalLM  # type: ignore[import-not-found]

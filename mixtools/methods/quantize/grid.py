@@ -204,7 +204,3 @@ class Groups:
         return self.format.encode(
             codes.T.contiguous(), scale.T.contiguous(), zero.round_().to(torch.uint8).T.contiguous()
         )
-
-    def without_clips(self) -> Groups:
-        """The whole range, and nothing tried."""
-        return replace(self, clips=(1.0,))

@@ -19,53 +19,34 @@ _TOP = 127  # int8's largest code
 
 
 @dataclass(frozen=True)
-class Nf4Blocks:
-    """Blocks of 64 columns; rows must be multiples of it, or a block would go on in the next row."""
+class AbsMax:
+    """nf4's blocks of 64 columns, which rows must be multiples of, or a block would go on in the next; int8's rows."""
 
-    format: Nf4
+    format: Nf4 | Int8
     clips: Sequence[float] = CLIPS
 
-    span = BLOCK
+    @property
+    def span(self) -> int:
+        return BLOCK if isinstance(self.format, Nf4) else WHOLE
 
     def grid(self, weights: Tensor, power: Tensor, hessian: Tensor | None = None) -> Grid:
-        return _fit(weights, power, BLOCK, self.clips, levels().to(weights.device))
+        table = levels().to(weights.device) if isinstance(self.format, Nf4) else None
+        return _fit(weights, power, min(self.span, len(weights)), self.clips, table)
 
     def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
-        yield _fitted(grid, codes, first)
+        number = first // grid.group
+
+        def change(value: Tensor) -> None:
+            grid.scale[number] = value
+
+        yield Fitted(grid.scale[number].clone(), grid.levels(codes), lambda value: value, change)
 
     def pack(self, parts: Sequence[tuple[Grid, Tensor]]) -> Packed:
         codes = torch.cat([codes for _, codes in parts]).T.contiguous()
-        return self.format.encode_codes(codes, torch.cat([grid.scale for grid, _ in parts]).T.contiguous().view(-1))
-
-
-@dataclass(frozen=True)
-class Int8Rows:
-    """A scale a row."""
-
-    format: Int8
-    clips: Sequence[float] = CLIPS
-
-    span = WHOLE
-
-    def grid(self, weights: Tensor, power: Tensor, hessian: Tensor | None = None) -> Grid:
-        return _fit(weights, power, len(weights), self.clips, None)
-
-    def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
-        yield _fitted(grid, codes, first)
-
-    def pack(self, parts: Sequence[tuple[Grid, Tensor]]) -> Packed:
-        ((grid, codes),) = parts
-        signed = (codes.T.short() - _TOP).to(torch.int8).contiguous()
-        return self.format.encode_codes(signed, grid.scale[0] * _TOP)
-
-
-def _fitted(grid: Grid, codes: Tensor, first: int) -> Fitted:
-    number = first // grid.group
-
-    def change(value: Tensor) -> None:
-        grid.scale[number] = value
-
-    return Fitted(grid.scale[number].clone(), grid.levels(codes), lambda value: value, change)
+        scale = torch.cat([grid.scale for grid, _ in parts]).T.contiguous()  # [out, groups]
+        if isinstance(self.format, Nf4):
+            return self.format.encode_codes(codes, scale.view(-1))
+        return self.format.encode_codes((codes.short() - _TOP).to(torch.int8), scale[:, 0] * _TOP)
 
 
 def _fit(weights: Tensor, power: Tensor, group: int, clips: Sequence[float], table: Tensor | None) -> Grid:

@@ -91,13 +91,11 @@ class Kind:
         """The grid of a calibrated run."""
         from ...formats import Awq, Gptq, Int8, Nf4, PackedInts
         from .grid import Groups
-        from .grid_bnb import Int8Rows, Nf4Blocks
+        from .grid_bnb import AbsMax
 
         found = self.matrix_format(main)
-        if isinstance(found, Nf4):
-            return Nf4Blocks(found)
-        if isinstance(found, Int8):
-            return Int8Rows(found)
+        if isinstance(found, Nf4 | Int8):
+            return AbsMax(found)
         assert isinstance(found, Gptq | Awq | PackedInts)
         return Groups(found, least_zero=int(self.format == AUTO_GPTQ))
 

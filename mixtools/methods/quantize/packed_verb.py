@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...conversion import Changes, plan_hf
 from ...conversion import Options as Conversion
-from ...errors import MixtoolsError, UsageError
+from ...errors import UsageError
 from ...formats import Packed
 from ...formats.int8 import int8
 from ...formats.nf4 import nf4
 from ...hub.opening import open_model
 from ...job import WITH_TORCH, Job, Run, run
-from ...layouts.checkpoint import Checkpoint
+from ...layouts.checkpoint import Checkpoint, located
 from ...machine import peak_memory
 from ...names import Slot
 from ...storage.disk import free_bytes
@@ -57,17 +55,6 @@ def quantize_packed(asked: Asked, source: Any, out: Path, kind: Kind, expert_nam
         out, checkpoint.place, rows, done["tensors"], done["bytes"], done["resumed_bytes"], job.missing,
         round(time.monotonic() - began, 3), peak_memory(), job.notes, folder=True, said=tuple(said),
     )  # fmt: skip
-
-
-@contextmanager
-def located(source: Checkpoint, slot: Slot) -> Iterator[None]:
-    """Errors within name the file and the tensor."""
-    try:
-        yield
-    except MixtoolsError as error:
-        entry = source.entry(slot)
-        error.file, error.tensor = error.file or str(entry.source.label), error.tensor or entry.name
-        raise
 
 
 def _label(kind: Kind) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import TensorError
+from ...errors import MixtoolsError, TensorError
 from ...formats import Packed
 from ...inference.states import States
 from ...inference.stream import Arriving, Stream
@@ -60,8 +61,9 @@ class Passage:
         """Final norm and head."""
         states, clock = self._before(self.stream.config.num_layers), Clock()
         work = HeadWork(self.stream, self.method, self._read, clock)
-        for _, packed in work.run(states):
-            yield packed
+        with self._named():
+            for _, packed in work.run(states):
+                yield packed
         self._tell("head", work)
 
     def close(self) -> None:
@@ -91,8 +93,18 @@ class Passage:
                 layer.finish()
                 self._expect_finite(layer)
             work = LayerWork(self.stream, layer, self.method, self._read, clock)
-            yield from work.run(states, self.pass_tokens)
+            with self._named():
+                yield from work.run(states, self.pass_tokens)
             self._tell(str(index), work)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors within name the source."""
+        try:
+            yield
+        except MixtoolsError as error:
+            error.file = error.file or str(self.source.place)
+            raise
 
     def _tell(self, name: str, work: Worker) -> None:
         rows = [{"slot": [slot.role.value, slot.layer, slot.expert], **row} for slot, row in work.rows.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mixtools.formats import Awq, Gptq, Int8, Nf4, PackedInts
 from mixtools.linalg.ldl import factor
 from mixtools.methods.quantize import matrix, rounding
 from mixtools.methods.quantize.grid import Groups, Scheme
-from mixtools.methods.quantize.grid_bnb import Int8Rows, Nf4Blocks
+from mixtools.methods.quantize.grid_bnb import AbsMax
 from mixtools.methods.quantize.grid_ggml import Blocks
 from mixtools.methods.quantize.matrix import Options
 from mixtools.ops.cpu import NATIVE
@@ -25,7 +26,7 @@ GROUPED = [
     Groups(Gptq(4, 128), 1), Groups(Gptq(3, 32), 1), Groups(Gptq(2, 64), 1), Groups(Gptq(8, -1), 1), Groups(Awq(128)),
     Groups(Awq(-1)), Groups(PackedInts(4, 32, DType.BF16, symmetric=False)), Groups(PackedInts(8, 128, DType.BF16)),
 ]  # fmt: skip
-SCHEMES: list[Scheme] = [*GROUPED, Nf4Blocks(Nf4()), Int8Rows(Int8()), *map(Blocks, sorted(NATIVE, key=str))]
+SCHEMES: list[Scheme] = [*GROUPED, AbsMax(Nf4()), AbsMax(Int8()), *map(Blocks, sorted(NATIVE, key=str))]
 
 
 def name(scheme: object) -> str:
@@ -136,7 +137,7 @@ def test_the_range_with_the_least_error(scheme: Groups) -> None:
     weights[5, 3] = 0.4  # an outlier that costs more than it is worth, in a column that hardly counts
     power = hessian.diagonal().clone()
     power[5] = 1e-9
-    chosen, whole = scheme.grid(weights, power), scheme.without_clips().grid(weights, power)
+    chosen, whole = scheme.grid(weights, power), replace(scheme, clips=(1.0,)).grid(weights, power)
 
     def lost(grid: object) -> Tensor:
         assert isinstance(grid, type(chosen))
