@@ -33,6 +33,7 @@ TAKES: dict[str, dict[str, tuple[int, ...]]] = {  # method, its formats (the fir
     "int8": {BITSANDBYTES: (8,)},
 }
 _NF4_BLOCK = 64
+_ROWS = {AUTO_GPTQ: 32, AUTOAWQ: 8}  # of a matrix, which zeros are packed along
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class Kind:
         return Groups(found, least_zero=int(self.format == AUTO_GPTQ))
 
     def expect_fits(self, config: MixtralConfig) -> None:
-        """Raises UsageError for a model whose rows do not fill whole groups and words."""
-        for name, width in (
-            ("hidden size", config.hidden_size), ("expert size", config.intermediate_size),
-            ("attention's width", config.num_heads * config.head_dim),
-        ):  # fmt: skip
+        """Raises UsageError for a model whose matrices do not fill whole groups and words."""
+        heads = {"": config.num_heads, "key ": config.num_kv_heads}
+        sizes = {"hidden size": config.hidden_size, "expert size": config.intermediate_size}
+        sizes |= {f"{which}heads' width": count * config.head_dim for which, count in heads.items()}
+        for name, size in sizes.items():
             group = 32 if self.group < 0 else self.group
-            if self.method != "int8" and width % group:
-                raise UsageError(f"the {name} of {width} is no multiple of --group-size {self.group}: choose another")
+            if self.method != "int8" and name != "key heads' width" and size % group:
+                raise UsageError(f"the {name} of {size} is no multiple of --group-size {self.group}: choose another")
+            if size % (rows := _ROWS.get(self.format, 1)):
+                raise UsageError(f"the {name} of {size} is no multiple of {rows}, as --format {self.format} needs")

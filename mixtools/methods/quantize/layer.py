@@ -112,7 +112,7 @@ class LayerWork(Worker):
             factor = factors[number] if factors else self.factor(hessian)
             parts.append(self.round(down, weights[part] * choice.scale[part, None], hessian, factor))
         made[down] = self.finished(down, parts, tokens)
-        self.rows[down]["exponent"] = choice.exponent
+        self.rows[down] |= {"exponent": choice.exponent, "bounded": smoothing.bounded(choice.scale)}
         for slot in (gate, down, up):
             self.rows[slot]["shown"] = len(shown)
             yield made[slot]

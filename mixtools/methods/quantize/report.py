@@ -24,6 +24,7 @@ from ...names import ATTENTION, EXPERT, Role, Slot
 from ...pages import Cell, csv_text, heat_map, label, loss, render
 from ...storage.output import Output
 from ...version import __version__
+from .smoothing import SPAN
 
 NAME = "quantize-report"
 NAMES = tuple(f"{NAME}.{kind}" for kind in ("json", "csv", "html"))
@@ -116,6 +117,8 @@ def told(notes: Mapping[str, Any]) -> list[str]:
             f"smoothed: {norms['smoothed']} of {norms['of']} norms, and w3 with w2 in {inner['smoothed']} of "
             f"{inner['of']} experts"
         )
+    if bounded := smoothing["bounded"]:
+        lines.append(f"smoothing: {bounded:,} scales were held at their bound, a factor of {SPAN:g} either way")
     if starved := found["starved"]:
         where = _listed([expert["where"] for expert in starved], 3)
         lines.append(f"starved experts, which were shown others' tokens, too: {len(starved)} ({where})")
@@ -201,6 +204,7 @@ def summary(parts: Sequence[Part], rows: Sequence[Row]) -> dict[str, Any]:
             "tried": any(norm["errors"] for norm in norms),
             "norms": _exponents([norm["exponent"] for norm in norms]),
             "w2": _exponents([row["exponent"] for row in rows if row["target"] == Role.DOWN.value]),
+            "bounded": sum(one.get("bounded", 0) for one in (*norms, *(row for part in parts for row in part.rows))),
         },
         "starved": [
             {"where": f"layer {row['layer']}, expert {row['expert']}", "tokens": row["tokens"], "shown": row["shown"]}

@@ -114,7 +114,7 @@ class Worker:
 
     def finished(self, slot: Slot, parts: Sequence[tuple[Rounded, Row]], tokens: int) -> Stored:
         """`parts`: runs of columns, in order."""
-        with self.clock("packing"):
+        with self.clock("packing"), _of(slot):
             packed = self.method.scheme(slot).pack([(made.grid, made.codes) for made, _ in parts])
             self.keep(slot, packed.dense)
         energy = sum(row["energy"] for _, row in parts) or 1.0

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from converting import environment
 from layouts import make
 from quantizing import command
 
@@ -174,6 +177,19 @@ def test_killed_anywhere_it_ends_the_same(
     assert points > 6
 
 
+def test_killed_for_good(tmp_path: Path) -> None:
+    """By SIGKILL, before changes to the disk: nothing in the process has a say."""
+    script = Path(__file__).parent / "killed_calibrated.py"
+    tests = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (tests.parent, tests, tests / "storage")))
+    result = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=False,
+        env=environment(OMP_NUM_THREADS="1", PYTHONPATH=paths),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 12
+
+
 def test_a_run_that_goes_on_does_not_begin_anew(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last states are there: layers before them are not run again, but where they were damaged."""
     options: dict[str, Any] = {"method": "gptq", "group_size": 32}
@@ -280,6 +296,10 @@ def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], why: st
 def test_sizes_that_do_not_fit(tmp_path: Path, small: Path) -> None:
     with pytest.raises(errors.UsageError, match="hidden size of 64 is no multiple of --group-size 128"):
         quantize(tmp_path / "out", small, method="gptq")
+    dims = make.Dims(d=32, f=32, layers=1, heads=2, kv=1, hd=16, vocab=2048, experts=2)
+    odd = make.write_a(tmp_path / "odd", dims)
+    with pytest.raises(errors.UsageError, match="key heads' width of 16 is no multiple of 32, as --format auto-gptq"):
+        quantize(tmp_path / "out", odd, method="gptq", group_size=32)
     assert not (tmp_path / "out").exists()
 
 

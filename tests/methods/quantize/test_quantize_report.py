@@ -206,7 +206,8 @@ def test_what_came_out_is_said_in_words() -> None:
     first["rows"][4 + 3 * 2 + 1]["exponent"] = 0.5
     second["rows"][4]["damping"] = 0.5
     second["rows"][7]["damping"] = None
-    second["told"] |= {"ffn_norm": norm(0.25), "rerouted": 3}
+    second["told"] |= {"ffn_norm": norm(0.25) | {"bounded": 3}, "rerouted": 3}
+    first["rows"][4 + 3 * 2 + 1]["bounded"] = 2
     document, lines, page = parsed(made(notes))
     found = document["summary"]
     assert found["starved"] == [{"where": "layer 0, expert 2", "tokens": 9, "shown": 521}]
@@ -215,13 +216,14 @@ def test_what_came_out_is_said_in_words() -> None:
     assert found["rerouted"] == {"tokens": 3, "of": 1024}
     assert found["smoothing"] == {
         "tried": True, "norms": {"of": 4, "smoothed": 1, "exponents": {"0.25": 1}},
-        "w2": {"of": 16, "smoothed": 1, "exponents": {"0.5": 1}},
+        "w2": {"of": 16, "smoothed": 1, "exponents": {"0.5": 1}}, "bounded": 5,
     }  # fmt: skip
     for words in (
         "1 expert saw too few tokens and was shown those of others, too: layer 0, expert 2 (9 of 521 its own).",
         "1 matrix needed more damping than the 0.05 that was asked for, up to 0.5: layer 1, expert 0, w1.",
         "inputs of 1 matrix, which were rounded to nearest: layer 1, expert 1, w1.",
         "1 of 4 norms with what reads them (1 with 0.25 as exponent), and w3 with w2 in 1 of 16 experts (1 with 0.5",
+        "5 scales were held at their bound.",
         "3 of 1,024 tokens go to other experts, as the router is stored (0.293 %)",
     ):
         assert words in page.text, words
@@ -240,6 +242,7 @@ def test_what_came_out_is_said_in_words() -> None:
     assert "exponent of w3 and w20 to 0.5" in page.text and "tokens of each expert9 to " in page.text
     assert report.told(notes)[1:] == [
         "smoothed: 1 of 4 norms, and w3 with w2 in 1 of 16 experts",
+        "smoothing: 5 scales were held at their bound, a factor of 128 either way",
         "starved experts, which were shown others' tokens, too: 1 (layer 0, expert 2)",
         "rerouted by the router as stored: 3 of 1,024 tokens (0.293%)",
     ]
