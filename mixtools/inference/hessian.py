@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TensorError
+from ..linalg.few import Few
 from ..names import Slot
 
 PANEL = 2048  # columns of a product; what lies above the diagonal is mirrored, not computed
@@ -40,17 +41,45 @@ class Gram:
     def settle(self, slot: Slot) -> None:
         """Mirror what was summed, so that `blocks` are whole. Raises TensorError for inputs that are not finite."""
         for number, total in enumerate(self.blocks):
-            if not bool(torch.isfinite(total.diagonal()).all()):
-                column = int((~torch.isfinite(total.diagonal())).nonzero()[0]) + number * self.block
-                raise TensorError(
-                    f"its inputs are not finite in column {column}: the weights before it hold NaN or Inf "
-                    "(`mixtools inspect --verify` finds them), or overflow in this dtype", tensor=slot,
-                )  # fmt: skip
+            _expect_finite(total.diagonal(), number * self.block, slot)
             for at in range(0, len(total), PANEL):
                 end = min(at + PANEL, len(total))
                 total[at:end, end:] = total[end:, at:end].T
                 square = total[at:end, at:end]
                 square.copy_(square.tril() + square.tril(-1).T)
+
+
+class Rows:
+    """As a Gram, of few rows, which are kept as they are: `count` of them will come."""
+
+    def __init__(self, width: int, count: int, device: torch.device | str = "cpu") -> None:
+        self.width, self.starts = width, range(0, width, width)
+        self.magnitude = torch.zeros(width, device=device)
+        self.tokens = 0
+        self._rows = torch.empty(count, width, device=device)
+        self.blocks: list[Few] = []
+
+    def add(self, x: Tensor) -> None:
+        """Rows [n, width] of any dtype."""
+        wide = self._rows[self.tokens : self.tokens + len(x)].copy_(x)
+        self.tokens += len(x)
+        self.magnitude += wide.abs().sum(0)
+
+    def settle(self, slot: Slot) -> None:
+        """Raises TensorError for inputs that are not finite, as a Gram's squares would not be."""
+        few = Few(self._rows)
+        _expect_finite(few.diagonal(), 0, slot)
+        self.blocks = [few]
+
+
+def _expect_finite(squares: Tensor, first: int, slot: Slot) -> None:
+    if bool(torch.isfinite(squares).all()):
+        return
+    column = int((~torch.isfinite(squares)).nonzero()[0]) + first
+    raise TensorError(
+        f"its inputs are not finite in column {column}: the weights before it hold NaN or Inf "
+        "(`mixtools inspect --verify` finds them), or overflow in this dtype", tensor=slot,
+    )  # fmt: skip
 
 
 def gram_bytes(width: int, block: int | None = None) -> int:

@@ -12,6 +12,7 @@ from ...inference.hessian import gram_bytes
 from ...inference.stream import PASS_TOKENS, Stream
 from ...job import WITH_TORCH
 from ...layouts.checkpoint import Checkpoint
+from ...linalg.few import LEAST_RATIO
 from ...machine import find_device, human_bytes, product_rate
 from ...progress import Progress
 from ...text.reading import DEFAULT
@@ -103,10 +104,15 @@ def _operations(source: Checkpoint, how: Calibrated, tokens: int) -> float:
     block = min(options.block or inner, inner)
     routed = tokens * config.experts_per_token
     forward = 2 * 2 * routed * 3 * hidden * inner + 2 * 2 * tokens * 4 * hidden**2
-    hessians = routed * (hidden**2 + inner * block) + 2 * tokens * hidden**2
+    shared = routed * hidden**2 + 2 * tokens * hidden**2
     if options.rounding == "nearest":
-        return float(config.num_layers * (forward + hessians))
-    factors = experts * 2 * (hidden**3 + inner * block**2) / 3
-    updates = experts * (2 * inner * hidden**2 + hidden * inner * block) * (1 + 2 * options.sweeps)
-    tried = 5 * experts * 512 * (2 * hidden**2 + inner * block) * 3 * how.smooth
+        return float(config.num_layers * (forward + shared + routed * inner * block))
+    few = routed / experts  # rows that w2's Hessian is made of, should the router be even; see linalg/few.py
+    few = few if block == inner and few * LEAST_RATIO <= inner else 0.0
+    factor, column = (4 * few**2 * inner, 4 * few) if few else (2 * inner * block**2 / 3, float(block))
+    factors = experts * (2 * hidden**3 / 3 + factor)
+    updates = float(experts * (2 * inner * hidden**2 * (1 + 2 * options.sweeps)))
+    updates += experts * hidden * inner * (4 * few * (1 + options.sweeps) if few else block * (1 + 2 * options.sweeps))
+    tried = 5 * experts * 512 * (2 * hidden**2 + inner * column) * 3 * how.smooth
+    hessians = shared + (0.0 if few else routed * inner * block)
     return float(config.num_layers * (forward + hessians + factors + updates + tried))

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ...errors import TensorError
 from ...formats import Packed, Plain
-from ...inference.hessian import Gram
+from ...inference.hessian import Gram, Rows
 from ...inference.model import Layer, rms_norm
 from ...inference.states import States
 from ...inference.stream import Stream
+from ...linalg.few import Hessian
 from ...linalg.ldl import Factor
 from ...names import Role, Slot
+from ...ops.feedback import MOST_COLUMNS
 from . import matrix, smoothing
 from .clock import Clock
 from .seen import TOKENS, Seen
@@ -94,7 +96,10 @@ class LayerWork(Worker):
         gate, down, up = self._slots(expert, Role.GATE, Role.DOWN, Role.UP)
         shown, tokens = seen.rows_of(expert)
         gram = seen.take(expert, shown)
-        inner, weights = seen.inner(expert, shown, self.method.options.block), self.weights(down)
+        options = self.method.options
+        # scales of whole rows are fitted by the Hessian itself
+        few = options.rounding != "nearest" and self.method.scheme(down).span <= MOST_COLUMNS
+        inner, weights = seen.inner(expert, shown, options.block, few=few), self.weights(down)
         choice, factors = self._inner_scale(down, weights, inner)
         hessian = matrix.scaled(gram.blocks[0], scale)
         found, made = self.factor(hessian), {}
@@ -105,12 +110,13 @@ class LayerWork(Worker):
             made[slot] = self.finished(slot, [self.round(slot, wide, hessian, found)], tokens)
         del hessian, found, wide, gram
         parts = []
-        for number, (at, hessian) in enumerate(zip(inner.starts, inner.blocks, strict=True)):
-            part = slice(at, at + len(hessian))
-            if choice.exponent:
-                hessian.div_(choice.scale[part, None]).div_(choice.scale[part])
-            factor = factors[number] if factors else self.factor(hessian)
-            parts.append(self.round(down, weights[part] * choice.scale[part, None], hessian, factor))
+        blocks: list[Hessian] = [*inner.blocks]
+        for number, (at, block) in enumerate(zip(inner.starts, blocks, strict=True)):
+            part = slice(at, at + len(block))
+            own = choice.scale[part]
+            heard = matrix.scaled_(block, own) if choice.exponent else block
+            factor = factors[number] if factors else self.factor(heard)
+            parts.append(self.round(down, weights[part] * own[:, None], heard, factor))
         made[down] = self.finished(down, parts, tokens)
         self.rows[down] |= {"exponent": choice.exponent, "bounded": smoothing.bounded(choice.scale)}
         for slot in (gate, down, up):
@@ -118,18 +124,19 @@ class LayerWork(Worker):
             yield made[slot]
 
     def _inner_scale(
-        self, slot: Slot, weights: Tensor, inner: Gram
+        self, slot: Slot, weights: Tensor, inner: Gram | Rows
     ) -> tuple[smoothing.Choice, list[Factor | None] | None]:
         """Of w2's columns and w3's rows; and the factors of the Hessian's blocks where it stays as it is."""
         magnitude = inner.magnitude / max(1, inner.tokens)
         if not self.method.smooth or not inner.tokens:
             return smoothing.Choice(0.0, torch.ones_like(magnitude), {}), None
-        found = [self.factor(block) for block in inner.blocks]
+        blocks: list[Hessian] = [*inner.blocks]
+        found = [self.factor(block) for block in blocks]
 
         def lost(scale: Tensor) -> float:
             return sum(
                 self.tried({slot: weights[at : at + len(block)]}, block, factor, scale[at : at + len(block)])
-                for at, block, factor in zip(inner.starts, inner.blocks, found, strict=True)
+                for at, block, factor in zip(inner.starts, blocks, found, strict=True)
             )
 
         with self.clock("smoothing"):

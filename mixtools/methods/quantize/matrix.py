@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SpectrumError
+from ...linalg.few import Few, Hessian
 from ...linalg.ldl import Factor, factor
 from . import rounding
 from .grid import Scheme
@@ -34,12 +35,17 @@ class Options:
     block: int | None = None
 
 
-def scaled(hessian: Tensor, scale: Tensor) -> Tensor:
+def scaled(hessian: Hessian, scale: Tensor) -> Hessian:
     """Of inputs divided by `scale` [in]."""
-    return (hessian / scale[:, None]).div_(scale)
+    return hessian.divided(scale) if isinstance(hessian, Few) else (hessian / scale[:, None]).div_(scale)
 
 
-def prepared(hessian: Tensor, options: Options) -> Factor | None:
+def scaled_(hessian: Hessian, scale: Tensor) -> Hessian:
+    """The same, in place where it is a matrix: the largest is 0.8 GB."""
+    return hessian.divided(scale) if isinstance(hessian, Few) else hessian.div_(scale[:, None]).div_(scale)
+
+
+def prepared(hessian: Hessian, options: Options) -> Factor | None:
     """The factor, or None where rounding needs none. Raises SpectrumError as linalg.ldl.factor."""
     if options.rounding == "nearest" or not bool((hessian.diagonal() > 0).any()):
         return None
@@ -48,15 +54,17 @@ def prepared(hessian: Tensor, options: Options) -> Factor | None:
 
 def quantize(
     weights: Tensor, power: Tensor, scheme: Scheme, options: Options, found: Factor | None, *,
-    hessian: Tensor | None = None,
+    hessian: Hessian | None = None,
 ) -> Rounded:  # fmt: skip
     """Weights [in, out], fp32, whose columns weigh `power` [in]; with `hessian` [in, in] the codes are swept, too.
 
-    Raises SpectrumError for a result that is not finite.
+    Without a factor it is no Few: rounding to nearest looks at a group's own Hessian. Raises SpectrumError for a result
+    that is not finite.
     """
     if not bool((power > 0).any()):
         power, hessian = torch.ones_like(power), None
-    grid = scheme.grid(weights, power, hessian if found is None else None)
+    assert found is not None or not isinstance(hessian, Few)
+    grid = scheme.grid(weights, power, hessian if found is None and not isinstance(hessian, Few) else None)
     if found is None:
         made = rounding.nearest(weights, grid)
     else:

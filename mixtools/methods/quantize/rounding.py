@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...linalg.ldl import Factor
+from ...linalg.few import Few, Hessian, near
+from ...linalg.ldl import Factor, Panel
 from ...ops.feedback import MOST_COLUMNS, Block, round_block
 from .grid import Fitted, Grid, Scheme
 
@@ -48,47 +49,93 @@ def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
     made = Rounded(
         grid, torch.zeros(ordered.shape, dtype=torch.uint8, device=weights.device), torch.zeros_like(ordered)
     )
-    for start in range(0, len(ordered), BLOCK):
-        block = slice(start, min(start + BLOCK, len(ordered)))
-        targets = torch.addmm(ordered[block], found.feedback[:start, block].T, made.errors[:start])
-        _round(made, block, found.order[block], targets=targets, weights=ordered,
-               feedback=found.feedback[block, block])  # fmt: skip
-        missed = targets.sub_(ordered[block]).add_(made.errors[block])  # each target less the value that it became
-        lost += float((missed.square_().sum(1) * found.pivots[block]).sum(dtype=torch.float64))
+    carried: Tensor | None = None  # of few inputs: what panels ask of those behind them, [k, out]
+    for panel in found.panels:
+        own = slice(panel.start, panel.start + len(panel.feedback))
+        local = Rounded(grid, made.codes[own], made.errors[own])
+        base = ordered[own]
+        if panel.inputs is not None and carried is not None:
+            base = torch.addmm(base, panel.inputs.T, carried)
+        lost += _panel(local, panel, base, found)
+        if panel.gain is not None:
+            carried = panel.gain @ local.errors if carried is None else carried.addmm_(panel.gain, local.errors)
+            local.errors.sub_(base).add_(ordered[own])  # of the weights, no more of what panels before made of them
     back = torch.argsort(found.order)
     return Rounded(grid, made.codes[back], made.errors[back], lost)
 
 
-def sweep(weights: Tensor, rounded: Rounded, hessian: Tensor, damping: float, scheme: Scheme) -> Rounded:
+def _panel(made: Rounded, panel: Panel, base: Tensor, found: Factor) -> float:
+    """Round columns `base` [b, out] of a panel, whose errors are those of `base`; the damped error that they add."""
+    lost = 0.0
+    for start in range(0, len(base), BLOCK):
+        block = slice(start, min(start + BLOCK, len(base)))
+        columns = slice(panel.start + start, panel.start + block.stop)
+        targets = torch.addmm(base[block], panel.feedback[:start, block].T, made.errors[:start])
+        _round(made, block, found.order[columns], targets=targets, weights=base,
+               feedback=panel.feedback[block, block])  # fmt: skip
+        missed = targets.sub_(base[block]).add_(made.errors[block])  # each target less the value that it became
+        lost += float((missed.square_().sum(1) * found.pivots[columns]).sum(dtype=torch.float64))
+    return lost
+
+
+def sweep(weights: Tensor, rounded: Rounded, hessian: Hessian, damping: float, scheme: Scheme) -> Rounded:
     """One pass of least squares and coordinate descent over what was rounded; the damped error never grows.
 
-    `hessian` [in, in]; `damping`: a share of the mean of its diagonal.
+    `hessian` [in, in]; `damping`: a share of the mean of its diagonal. Scales of more than MOST_COLUMNS columns are not
+    fitted over few inputs: that takes the Hessian itself.
     """
     made = Rounded(rounded.grid.copy(), rounded.codes.clone(), rounded.errors.clone())
     added = damping * float(hessian.diagonal().mean(dtype=torch.float64))
     power = hessian.diagonal() + added
     span = min(len(weights), scheme.span)
     whole = span > MOST_COLUMNS
-    if whole:
-        _fit_scales(made, slice(0, len(weights)), *_near(made, slice(0, len(weights)), hessian, added), scheme)
+    slopes = _Slopes(made, hessian, added)
+    if whole and not isinstance(hessian, Few):
+        everything = slice(0, len(weights))
+        _fit_scales(made, everything, _near(hessian, everything, added), slopes.of(everything), scheme)
     step = BLOCK if whole or not span else max(span, BLOCK // span * span)
     for start in range(0, len(weights), step):
         block = slice(start, min(start + step, len(weights)))
-        near, slope = _near(made, block, hessian, added)
+        beside, slope = _near(hessian, block, added), slopes.of(block)
         if span and not whole:
-            _fit_scales(made, block, near, slope, scheme)
+            _fit_scales(made, block, beside, slope, scheme)
         targets = weights[block] + slope / power[block, None] - made.errors[block]
-        near.diagonal().zero_()
+        beside.diagonal().zero_()
         columns = torch.arange(start, block.stop, device=weights.device)
-        _round(made, block, columns, targets=targets, weights=weights, feedback=near / power[block])
+        _round(made, block, columns, targets=targets, weights=weights, feedback=beside / power[block])
+        slopes.changed(block)
     return made
 
 
-def _near(made: Rounded, columns: slice, hessian: Tensor, added: float) -> tuple[Tensor, Tensor]:
-    """The damped Hessian of some columns among themselves, and half the gradient of the error by them [n, out]."""
-    near = hessian[columns, columns].clone()
-    near.diagonal().add_(added)
-    return near, torch.addmm(made.errors[columns] * added, hessian[columns], made.errors)
+def _near(hessian: Hessian, columns: slice, added: float) -> Tensor:
+    """The damped Hessian of some columns among themselves."""
+    found = near(hessian, columns)
+    found.diagonal().add_(added)
+    return found
+
+
+class _Slopes:
+    """Half the gradient of the damped error by a matrix's columns, as its errors change."""
+
+    def __init__(self, made: Rounded, hessian: Hessian, added: float) -> None:
+        self.made, self.hessian, self.added = made, hessian, added
+        self.outputs = hessian.rows @ made.errors if isinstance(hessian, Few) else None  # of few inputs [k, out]
+        self._before = made.errors[:0]
+
+    def of(self, columns: slice) -> Tensor:
+        """[b, out]"""
+        errors = self.made.errors[columns]
+        if not isinstance(self.hessian, Few):
+            return torch.addmm(errors * self.added, self.hessian[columns], self.made.errors)
+        assert self.outputs is not None
+        self._before = errors.clone()
+        return torch.addmm(errors * self.added, self.hessian.rows[:, columns].T, self.outputs)
+
+    def changed(self, columns: slice) -> None:
+        """The errors of the columns that were asked for last are others now."""
+        if isinstance(self.hessian, Few):
+            assert self.outputs is not None
+            self.outputs.addmm_(self.hessian.rows[:, columns], self.made.errors[columns] - self._before)
 
 
 def _fit_scales(made: Rounded, columns: slice, near: Tensor, slope: Tensor, scheme: Scheme) -> None:
@@ -126,8 +173,3 @@ def _round(
         grid.groups_of(columns).int().cpu(), feedback,
     )  # fmt: skip
     round_block(given, levels, threads=torch.get_num_threads())
-
-
-def error(errors: Tensor, hessian: Tensor) -> float:
-    """Σ over rows of e H eᵀ: the energy of what the matrix puts out wrongly."""
-    return float((errors * (hessian @ errors)).sum(dtype=torch.float64))

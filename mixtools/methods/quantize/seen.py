@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...inference import products
-from ...inference.hessian import Gram
+from ...inference.hessian import Gram, Rows
 from ...inference.model import Layer, rms_norm
 from ...inference.states import States
 from ...inference.stream import Stream, passes
+from ...linalg.few import LEAST_RATIO
 from ...names import Role, Slot
 
 if TYPE_CHECKING:
@@ -98,9 +99,14 @@ class Seen:
         gram.settle(Slot(Role.GATE, self.layer.index, expert))
         return gram
 
-    def inner(self, expert: int, rows: Tensor, block: int | None) -> Gram:
-        """The Hessian of what w2 of an expert reads at tokens [n], from w1 and w3 as `layer` holds them."""
-        gram = Gram(self.config.intermediate_size, self.stream.device, block=block)
+    def inner(self, expert: int, rows: Tensor, block: int | None, *, few: bool) -> Gram | Rows:
+        """The Hessian of what w2 of an expert reads at tokens [n], from w1 and w3 as `layer` holds them.
+
+        `few`: where the tokens are few for its width, they are kept as they are.
+        """
+        width, device = self.config.intermediate_size, self.stream.device
+        few = few and block is None and 0 < LEAST_RATIO * len(rows) <= width
+        gram = Rows(width, len(rows), device) if few else Gram(width, device, block=block)
         self.layer.need(Role.GATE, Role.UP, expert=expert)
         for part in torch.split(rows, TOKENS):
             with self.clock("forward"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import MixtoolsError, TensorError
 from ...formats import Packed, Plain
 from ...inference.hessian import Gram
+from ...linalg.few import Hessian, energy
 from ...linalg.ldl import Factor, rescaled
 from ...names import Slot
 from ...storage.dtypes import DType
@@ -20,7 +21,7 @@ from . import matrix, smoothing
 from .clock import Clock
 from .grid import Scheme
 from .matrix import Options
-from .rounding import Rounded, error
+from .rounding import Rounded
 
 ROWS_TRIED = 512  # of a matrix, spread evenly, by which smoothing is chosen
 ROWS_TOLD = 128  # by which the report's errors are told
@@ -79,7 +80,7 @@ class Worker:
         return (slot, Packed(Plain(dtype), (stored.cpu(),))), scale
 
     def tried(
-        self, tried: Mapping[Slot, Tensor], hessian: Tensor, found: Factor | None, scale: Tensor
+        self, tried: Mapping[Slot, Tensor], hessian: Hessian, found: Factor | None, scale: Tensor
     ) -> float:  # fmt: skip
         """The energy of the outputs' error of some rows of matrices, at inputs divided by `scale`.
 
@@ -98,12 +99,12 @@ class Worker:
                 made = matrix.quantize(few, power, self.method.scheme(slot), self.method.options, found, hessian=whole)
             errors = made.errors / scale[:, None]
             if made.lost is None:
-                total += error(errors, hessian)
+                total += energy(hessian, errors)
             else:  # what rounding knows of the damped error, less the damping's part
                 total += made.lost - damped * float(errors.square_().sum(dtype=torch.float64))
         return total
 
-    def round(self, slot: Slot, weights: Tensor, hessian: Tensor, found: Factor | None) -> tuple[Rounded, Row]:
+    def round(self, slot: Slot, weights: Tensor, hessian: Hessian, found: Factor | None) -> tuple[Rounded, Row]:
         """A matrix [in, out], or a run of its columns, and what the report says of it. Raises as matrix.quantize."""
         scheme = self.method.scheme(slot)
         with self.clock("rounding"), _of(slot):
@@ -125,7 +126,7 @@ class Worker:
         }  # fmt: skip
         return slot, packed
 
-    def factor(self, hessian: Tensor) -> Factor | None:
+    def factor(self, hessian: Hessian) -> Factor | None:
         with self.clock("factor"):
             return matrix.prepared(hessian, self.method.options)
 
@@ -150,12 +151,12 @@ def spread(weights: Tensor, rows: int) -> Tensor:
     return weights[:, :: max(1, weights.shape[1] // rows)].contiguous()
 
 
-def _figures(weights: Tensor, hessian: Tensor, scheme: Scheme, made: Rounded) -> Row:
+def _figures(weights: Tensor, hessian: Hessian, scheme: Scheme, made: Rounded) -> Row:
     """Energies of some rows' outputs, and of their errors: rounded to nearest, and as made."""
     few, errors = spread(weights, ROWS_TOLD), spread(made.errors, ROWS_TOLD)
     grid = scheme.grid(few, torch.ones_like(hessian.diagonal()))
     plain = few - grid.values(grid.nearest(few))
     return {
-        "energy": error(few, hessian), "nearest": error(plain, hessian), "error": error(errors, hessian),
+        "energy": energy(hessian, few), "nearest": energy(hessian, plain), "error": energy(hessian, errors),
         "clip": made.grid.clip,
     }  # fmt: skip
