@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # for readers of types; at run time __getattr__ finds them, a
     from .api.inspecting import inspect as inspect
     from .api.measuring import check as check
     from .api.measuring import perplexity as perplexity
+    from .api.publishing import card as card
+    from .api.publishing import push as push
     from .hub.opening import open_model
     from .methods.laser.verbs import laser as laser
     from .methods.laser.verbs import spectrum as spectrum
@@ -40,6 +42,8 @@ _FUNCTIONS = {
     "expert_names": "api.converting:expert_names",
     "perplexity": "api.measuring:perplexity",
     "check": "api.measuring:check",
+    "card": "api.publishing:card",
+    "push": "api.publishing:push",
     "generate": "api.generating:generate",
     "run_recipe": "recipe.run:run_recipe",
 }

@@ -18,13 +18,14 @@ from . import documents
 from .config import MixtralConfig
 from .errors import MixtoolsError, TensorError, UsageError
 from .formats import ByRows, Format, Packed, Plain, naming
+from .hub import cache
 from .job import BARE, WITH_TORCH, Inputs, Job, Unit
 from .layouts.checkpoint import Checkpoint
 from .layouts.hf import HF, HF_BIN, HF_FUSED, HF_V5
 from .layouts.table import Layout, from_canonical
 from .layouts.torrent import CONSOLIDATED, STACKED, TORRENT
 from .names import Role, Slot
-from .storage import plan
+from .storage import manifest, plan
 from .storage.casting import CAST_BYTES, cast, widen
 from .storage.dtypes import WEIGHT_DTYPES, DType
 from .storage.output import Output, Region
@@ -197,7 +198,20 @@ def inputs_of(source: Checkpoint) -> Inputs:
     """A checkpoint as a job reads it, and as the manifest of what is made of it tells."""
     files = source.store.sources
     sizes = {path.name: path.stat().st_size for file in files for path in file.paths}
-    return Inputs(source.folder, files, {"layout": source.layout.name, "files": sizes}, source.finish)
+    return Inputs(
+        source.folder, files, {"layout": source.layout.name, "files": sizes, **_origin(source)}, source.finish
+    )
+
+
+def _origin(source: Checkpoint) -> dict[str, str]:
+    """Of a model from the Hub, or of one in another layout, its name there, and the commit."""
+    if (name := cache.hub_id(source.folder)) is not None:
+        return {"repository": name, "commit": source.folder.name}
+    entry = manifest.of_output(manifest.load(source.folder) or {}, source.place.name)
+    made = entry.get("source")
+    if not isinstance(made, dict) or manifest.method(entry) is not None:
+        return {}
+    return {key: str(made[key]) for key in ("repository", "commit") if key in made}
 
 
 def _work_unit(work: Work, layout: Layout, config: MixtralConfig, formats: Mapping[Slot, Format]) -> Unit:

@@ -139,7 +139,8 @@ class Job:
     `report` gives, once all weights are written, the documents that tell of them, of the names `reports`. `missing`:
     what the output lacks because the source does; `not_kept`: what the source has and the output cannot hold; `notes`:
     what else its user should know. `title`: of what is written. `base_bytes`: what the process takes before it does
-    anything; `worker_bytes`: what a thread takes at most beside it.
+    anything; `worker_bytes`: what a thread takes at most beside it. `told`: what decides no byte, for the manifest
+    alone.
     """
 
     inputs: Inputs
@@ -153,6 +154,7 @@ class Job:
     notes: tuple[str, ...] = ()
     report: Callable[[Output], Mapping[str, bytes]] | None = None
     reports: tuple[str, ...] = ()
+    told: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
     label: str = "converting"
     shared: bool = False  # its files lie beside others' in the output's folder
@@ -239,7 +241,7 @@ def _commit(job: Job, output: Output) -> None:
 
 def _origin(job: Job) -> dict[str, Any]:
     """What the manifest tells of how it was made."""
-    return {"mixtools": __version__, **job.record, "source": job.inputs.about}
+    return {"mixtools": __version__, **job.record, **job.told, "source": job.inputs.about}
 
 
 def _enclosed(job: Job) -> Mapping[str, bytes]:

@@ -9,6 +9,8 @@ import pytest
 
 from mixtools.ops import cpu
 
+pytest_plugins = ["hub.loopback_client"]  # the Hub's double, and a client that knows no other
+
 # A shell's background job starts with SIGINT ignored, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

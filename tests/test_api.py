@@ -42,6 +42,8 @@ FUNCTIONS = (
     "perplexity",
     "check",
     "generate",
+    "card",
+    "push",
     "run_recipe",
 )
 COMMANDS = {  # by the function behind each
@@ -51,10 +53,10 @@ COMMANDS = {  # by the function behind each
     "perplexity": mixtools.perplexity, "generate": mixtools.generate, "run": mixtools.run_recipe,
     "convert torrent-to-hf": mixtools.convert, "convert to-hf": mixtools.convert,
     "convert hf-to-torrent": mixtools.convert, "convert gguf-upgrade": mixtools.convert,
-    "convert expert-names": mixtools.expert_names,
+    "convert expert-names": mixtools.expert_names, "card": mixtools.card, "push": mixtools.push,
 }  # fmt: skip
 SHARED = {"json", "quiet", "debug", "help"}
-SPELLED = {"src": "source", "file": "recipe", "pairs": "values"}  # SRC, RECIPE, KEY=VALUE on the command line
+SPELLED = {"repo": "repository", "src": "source", "file": "recipe", "pairs": "values"}  # SRC, RECIPE, KEY=VALUE on the command line
 OWN = {"safetensors"}  # hf-to-torrent's way to say to="torrent"
 
 
@@ -106,7 +108,7 @@ def test_recipes_take_the_same_options() -> None:
     for name, verb in verbs.items():
         taken, parameters = schema(verb), inspect.signature(COMMANDS[name]).parameters
         assert taken.machine == parameters.keys() & {
-            "dry_run", "resume", "overwrite", "jobs", "max_memory", "device", "make_backend",
+            "dry_run", "resume", "overwrite", "jobs", "max_memory", "device", "make_backend", "record", "replace",
         }  # fmt: skip
         offered = {option.name for option in command(name).params} - SHARED - taken.machine
         assert taken.options.keys() == offered

@@ -21,6 +21,8 @@ VERBS = {
     "perplexity": Entry("api.measuring:perplexity"),
     "check": Entry("api.measuring:check", "api.measuring:preflight"),
     **METHODS,
+    "card": Entry("api.publishing:card"),
+    "push": Entry("api.publishing:push", "api.publishing:preflight"),
     "generate": Entry("api.generating:generate"),
 }
 

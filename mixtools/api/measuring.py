@@ -124,6 +124,7 @@ class Checked(Result):
 
     check: Check
     report: Path | None
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -179,6 +180,15 @@ def check(
     dtype: ComputeDtype = "auto",
     device: Device = "auto",
     max_memory: MaxMemory = None,
+    record: Annotated[
+        bool,
+        Option(
+            "",
+            "Leave mixtools-check.json beside OUTPUT, for card and push.",
+            machine=True,
+            flags=("--record/--no-record",),
+        ),
+    ] = True,
     progress: Progress | Callback | None = None,
 ) -> Checked:
     """Every byte, every tensor, perplexity, divergence and continuations; exit code 4 if a gate fails.
@@ -187,16 +197,18 @@ def check(
 
     An output that no gate judges, as LASER's, is "intact", and its change is told first. `gate`: limits by name, or as
     NAME=VALUE. Raises UsageError for options that cannot be, InputError for a text that
-    cannot be used or a source with problems. What is wrong with the output is not raised but told.
+    cannot be used or a source with problems. What is wrong with the output is not raised but told. `record`: the
+    verdict, with the hash of every file, is left in OUTPUT's folder, unless that is the Hub's cache.
     """
     from ..checking.gates import parse
 
     limits = parse(_pairs(gate))
     limit = parse_limit(max_memory)
     check_device(device)
-    from ..checking import judge
+    from ..checking import judge, recording
     from ..checking import report as page
     from ..conversion import compute_dtype
+    from ..hub.cache import is_snapshot
     from ..hub.opening import open_model
 
     source = open_model(against)
@@ -209,11 +221,14 @@ def check(
     machine = judge.Machine(
         where, compute_dtype(dtype), max_memory=memory_for(where, limit), progress=watched(progress)
     )
+    recorded = record and not is_snapshot(made.folder)
+    before = recording.stamps(made) if recorded else {}
     found = judge.run(source, made, options, machine)
     folder = _path(report)
     if folder is not None:
         page.write(found, folder)
-    return Checked(found, folder)
+    note = recording.leave(made, source, found, before, machine.progress) if recorded else None
+    return Checked(found, folder, (note,) if note else ())
 
 
 def preflight(gate: Sequence[str] | None = None, **_: Any) -> None:

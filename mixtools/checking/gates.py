@@ -112,7 +112,7 @@ def _method(folder: Path) -> str | None:
     """A method's job tells its options in the manifest, under its name."""
     try:
         told = json.loads((folder / manifest.NAME).read_text("utf-8"))
-        return next((str(name) for name in told if name not in (*manifest.KEYS, manifest.OUTPUTS)), None)
+        return manifest.method(told)
     except (OSError, ValueError, TypeError):
         return None  # a manifest is no condition; a damaged one is reported where it is read
 

@@ -17,6 +17,7 @@ from ..errors import ConfigError, InputError, MixtoolsError, TokenizerError, Usa
 from ..inference.stream import Stream
 from ..machine import peak_memory
 from ..progress import Progress, Silent
+from ..storage.digest import of_file
 from ..text.reading import line_ends, read_text
 from ..text.tokenizer import Tokenizer, has_tokenizer
 from . import beside, continuations, gates, integrity, parity
@@ -135,6 +136,7 @@ def run(
         "perplexity": None, "kld": None, "same_top": None, "rms_delta_p": None,
         **(check.figures.document() if check.figures else {}),
         "generation": check.generation.document() if check.generation else None,
+        "text": _about(options.text), "prompts": _about(options.prompts),
         "gates": [gate.document() for gate in judged], "remarks": list(dict.fromkeys(remarks)),
         "seconds": round(time.perf_counter() - began, 3), "peak_memory_bytes": peak_memory(),
     }  # fmt: skip
@@ -232,6 +234,11 @@ def _prepare(source: Checkpoint, output: Checkpoint, options: Options) -> _Text:
     prompts = None if spoken is None else [tokenizer.encode(text) for text in spoken]
     told = (line_ends(content or ""), tokenizer.check_vocab(source.config))
     return _Text(tokenizer, ids, windows, prompts, problems, tuple(filter(None, told)))
+
+
+def _about(text: Path | None) -> dict[str, Any] | None:
+    """Which text it was: a figure without it cannot be measured again."""
+    return None if text is None else {"name": text.name, "sha256": of_file(text)}
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -6,6 +6,7 @@ snapshots/<commit> the files, as links to blobs.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import InputError, LayoutError
@@ -16,6 +17,17 @@ _LONGEST = 256  # bytes of a ref: a commit has 40
 def is_repository(path: Path) -> bool:
     """Whether a folder is a repository of the cache, above its snapshots."""
     return (path / "snapshots").is_dir() and (path.name.startswith("models--") or (path / "refs").is_dir())
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the cache: what lies there is the Hub's."""
+    return folder.absolute().parent.name == "snapshots" and is_repository(folder.absolute().parents[1])
+
+
+def hub_id(folder: Path) -> str | None:
+    """`org/name` of a snapshot in the cache; None for any other folder."""
+    match = re.fullmatch(r"models--([^/]+?)--(.+)", folder.absolute().parent.parent.name)
+    return f"{match[1]}/{match[2]}" if match and is_snapshot(folder) else None
 
 
 def repository(cache: Path, name: str) -> Path:

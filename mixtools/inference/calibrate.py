@@ -30,11 +30,15 @@ _ROWS = 1024  # of a weight that are widened to fp32 at a time
 
 
 class Text(NamedTuple):
-    """A calibration text, cut: ids of each sample, what tells it from another, and what its user should know."""
+    """A calibration text, cut: ids of each sample, what tells it from another, and what its user should know.
+
+    `name`: of the file, which decides nothing.
+    """
 
     sequences: tuple[Tensor, ...]
     record: dict[str, Any]
     notes: tuple[str, ...] = ()
+    name: str = ""
 
 
 def cut(

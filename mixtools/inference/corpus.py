@@ -64,7 +64,8 @@ def sequences(
         text = text._replace(notes=(*text.notes, *filter(None, [line_ends(content)])))
     remark = tokenizer.check_vocab(checkpoint.config)
     notes = (*text.notes, *([remark] if remark else []))
-    return text._replace(record={**text.record, "asked": samples}, notes=notes)
+    name = DEFAULT if path == DEFAULT_FILE else path.name
+    return text._replace(record={**text.record, "asked": samples}, notes=notes, name=name)
 
 
 class _Pieces(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import OutputExists, RecipeError
+from ..storage import sealed
 from ..version import __version__
 from .resolve import Recipe, Step, read
 
@@ -81,9 +82,12 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """What of an input counts: no copied recipe, nothing hidden."""
+    """What of an input counts: no copied recipe, nothing hidden, nothing that `check` and `card` leave there later."""
     if path.is_dir():
-        return sorted(
-            p for p in path.iterdir() if p.is_file() and not p.name.endswith(NAME) and not p.name.startswith(".")
-        )
+        return sorted(one for one in path.iterdir() if one.is_file() and not _is_beside(one))
     return [path] if path.is_file() else []
+
+
+def _is_beside(file: Path) -> bool:
+    later = (sealed.RECORD, sealed.CARD, sealed.PICTURE)
+    return file.name in later or file.name.endswith(NAME) or file.name.startswith(".")

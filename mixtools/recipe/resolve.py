@@ -5,8 +5,10 @@
     name: laser
     description: one line
     vars: {source: org/name, out: folder, text: null}      # null: no value yet
+    needs: [text]              # variables that must have one before anything runs
     steps:
       - do: laser                # a verb; `as: NAME` names the step otherwise than by its first word
+        when: ${text}            # left out where this has no value
         src: ${source}           # a variable, or ${steps.NAME.out}, an option of an earlier step
         out: ${out}
 
@@ -29,8 +31,8 @@ from ..errors import RecipeError
 from ..hub.names import hub_name
 
 MAX_BYTES = 1 << 20
-PLANNED = ("card", "push")  # verbs that recipes may want and that are still to come
-_KEYS = ("name", "description", "vars", "steps", "made")
+_KEYS = ("name", "description", "vars", "needs", "steps", "made")
+_STEP_KEYS = ("do", "as", "when")  # of a step, beside its verb's options
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -81,7 +83,7 @@ class Step:
 
     def inputs(self) -> list[str]:
         named = [(n, o) for n, o in self.verb.options.items() if (o.file or o.model) and n in self.options]
-        return [str(self.options[name]) for name, option in named if self.options[name] not in option.words]
+        return [value for name, option in named for value in values(self.options[name]) if value not in option.words]
 
     def document(self) -> dict[str, Any]:
         return {"do": self.verb.name, "as": self.name, **self.options}
@@ -96,6 +98,7 @@ class Recipe:
     description: str
     vars: Mapping[str, Any]
     steps: Mapping[str, Mapping[str, Any]]
+    needs: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Recipe:
@@ -124,10 +127,13 @@ def parse(text: str, file: str) -> Recipe:
     values = document.get("vars") or {}
     if not isinstance(values, dict) or not all(_is_name(key) and _is_scalar(v) for key, v in values.items()):
         raise RecipeError("vars: must map names to single values", file=file)
+    needs = document.get("needs") or []
+    if not isinstance(needs, list) or not all(isinstance(one, str) and one in values for one in needs):
+        raise RecipeError("needs: must list variables", file=file)
     steps = document.get("steps")
     if not isinstance(steps, list) or not steps:
         raise RecipeError("steps: must be a list of at least one step", file=file)
-    return Recipe(file, name, description, values, _steps(steps, file))
+    return Recipe(file, name, description, values, _steps(steps, file), tuple(needs))
 
 
 def override(recipe: Recipe, pairs: Iterable[str]) -> Recipe:
@@ -142,7 +148,7 @@ def override(recipe: Recipe, pairs: Iterable[str]) -> Recipe:
             name, _, option = rest.partition(".")
             if name not in steps:
                 raise RecipeError(f"{key}: no step {name!r}{_nearest(name, steps)}", file=recipe.file)
-            if option in ("do", "as", ""):
+            if option in (*_STEP_KEYS, ""):
                 raise RecipeError(f"{key}: name an option, as steps.{name}.OPTION=VALUE", file=recipe.file)
             steps[name][option] = Typed(value)
             continue
@@ -165,11 +171,15 @@ def resolve(recipe: Recipe, verbs: Mapping[str, Verb]) -> list[Step]:
 
 def _resolve(recipe: Recipe, verbs: Mapping[str, Verb]) -> list[Step]:
     values = _resolved_vars(recipe)
+    if empty := [name for name in recipe.needs if values[name] is None]:
+        raise RecipeError(f"vars.{empty[0]}: has no value; give {empty[0]}=VALUE")
     steps: list[Step] = []
     for name, written in recipe.steps.items():
         verb = _verb(str(written["do"]), verbs, f"steps.{name}")
         known = values | {f"steps.{s.name}.{key}": value for s in steps for key, value in s.options.items()}
-        steps.append(_step(name, verb, {k: v for k, v in written.items() if k not in ("do", "as")}, known))
+        if "when" in written and _substituted(written["when"], known, f"steps.{name}.when") is None:
+            continue
+        steps.append(_step(name, verb, {k: v for k, v in written.items() if k not in _STEP_KEYS}, known))
     _expect_files(steps)
     return steps
 
@@ -277,8 +287,6 @@ def _substituted(value: Any, known: Mapping[str, Any], place: str) -> Any:
 def _verb(name: str, verbs: Mapping[str, Verb], place: str) -> Verb:
     if name in verbs:
         return verbs[name]
-    if name.split(maxsplit=1)[0] in PLANNED:
-        raise RecipeError(f"{place}: {name!r} is not supported yet; there is {', '.join(verbs)}")
     raise RecipeError(f"{place}: unknown verb {name!r}{_nearest(name, verbs)}")
 
 
@@ -356,17 +364,25 @@ def _expect_files(steps: Sequence[Step]) -> None:
             place = f"steps.{step.name}.{key}"
             if key not in step.options or not (option.file or option.folder or option.model):
                 continue
-            if step.options[key] in option.words:
-                continue
-            path = Path(step.options[key])
-            known = path.absolute() in made or any(parent in made for parent in path.absolute().parents)
-            if option.folder:
-                if path.absolute() in made:
-                    raise RecipeError(f"{place}: {path} is what steps.{made[path.absolute()]} writes; name another")
-            elif not known and not path.exists() and not (option.model and hub_name(str(path))):
-                raise RecipeError(f"{place}: {path} does not exist")
+            for value in values(step.options[key]):
+                if value not in option.words:
+                    _expect_file(Path(value), option, made, place)
         if step.out is not None:
             made[step.out.absolute()] = step.name
+
+
+def _expect_file(path: Path, option: Option, made: Mapping[Path, str], place: str) -> None:
+    known = path.absolute() in made or any(parent in made for parent in path.absolute().parents)
+    if option.folder:
+        if path.absolute() in made:
+            raise RecipeError(f"{place}: {path} is what steps.{made[path.absolute()]} writes; name another")
+    elif not known and not path.exists() and not (option.model and hub_name(str(path))):
+        raise RecipeError(f"{place}: {path} does not exist")
+
+
+def values(found: Any) -> list[str]:
+    """Of an option that takes one, or several."""
+    return [str(value) for value in found] if isinstance(found, list) else [str(found)]
 
 
 def as_command(step: Step) -> str:
@@ -375,8 +391,8 @@ def as_command(step: Step) -> str:
     flags: list[str] = []
     for key, option in step.verb.options.items():
         value = step.options.get(key)
-        if key in ("src", "output") or (key == "out" and option.required):
-            words.append(str(value))
+        if key in ("src", "output", "outputs", "repo") or (key == "out" and option.required):
+            words += values(value)
         elif value is not None and value != option.default:
             flag = f"--{key.replace('_', '-')}"
             if isinstance(value, bool):

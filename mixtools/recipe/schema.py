@@ -13,8 +13,11 @@ _FOLDERS = ("OUT", "DIR", "OUT.gguf", "NEW")  # of a file the folder that it lie
 
 
 def usable(verbs: Mapping[str, Function]) -> dict[str, Function]:
-    """Those that make one checkpoint of another, or check one."""
-    return {name: verb for name, verb in verbs.items() if {"source", "out"} <= _required(verb) or _checks(verb)}
+    """Those that make one checkpoint of another, check one, or publish some."""
+    return {
+        name: verb for name, verb in verbs.items()
+        if {"source", "out"} <= _required(verb) or _checks(verb) or "outputs" in _required(verb)
+    }  # fmt: skip
 
 
 def _required(verb: Function) -> set[str]:

@@ -18,7 +18,10 @@ from .store import Entry, Record
 NAME = "mixtools.json"
 MAX_BYTES = 16 << 20
 OUTPUTS = "outputs"  # of a folder that several share: an entry for each
-KEYS = ("mixtools", "layout", "options", "source", "files", "crc32", "method")  # of every output; others are a method's
+CALIBRATION = "calibration_text"  # its file's name
+KEYS = (  # of every output; others are a method's
+    "mixtools", "layout", "options", "source", "files", "crc32", "method", CALIBRATION,
+)  # fmt: skip
 
 
 class File(NamedTuple):
@@ -109,6 +112,11 @@ def _read(document: Any) -> dict[str, Any]:
         raise TypeError("files is no object")
     files = {name: _file(told) for name, told in document["files"].items()}
     return {**document, "files": files, "crc32": {name: int(crc, 16) for name, crc in document["crc32"].items()}}
+
+
+def method(entry: Mapping[str, Any]) -> str | None:
+    """The name of what changed the weights, whose options stand under it; None where nothing did."""
+    return next((str(name) for name in entry if name not in (*KEYS, OUTPUTS)), None)
 
 
 def of_output(document: Mapping[str, Any], file: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, OutputExists
 from ..progress import Progress, Silent
-from . import manifest
+from . import manifest, sealed
 from .digest import of_file
 
 WORK = ".mixtools"
@@ -26,7 +26,7 @@ _KNOWN_DOCUMENTS = frozenset(
     | {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "recipe.yaml"}
     | {"model.safetensors.index.json", "laser-report.json", "laser-report.csv", "laser-report.html"}
 )
-_OURS = frozenset({manifest.NAME, "mixtools-check.json"})  # no manifest lists itself
+_OURS = frozenset({manifest.NAME, sealed.RECORD, sealed.PICTURE})  # no manifest lists itself
 _READ_AS_WEIGHTS = re.compile(r".*(\.safetensors|\.pth|\.pt|\.bin|\.index\.json|\.pth-split\d+)")
 _SMALL = 64 << 20
 
@@ -142,6 +142,8 @@ def _listed(folder: Path) -> dict[str, manifest.File]:
         path = folder / name
         if path.is_file() and path.stat().st_size <= _SMALL:
             files[name] = manifest.File(path.stat().st_size, None)
+    if sealed.is_sealed(card := folder / sealed.CARD):  # `mixtools card` put it there, in the place of the source's
+        files[sealed.CARD] = manifest.File(card.stat().st_size, None)
     return files
 
 

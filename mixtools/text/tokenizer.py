@@ -148,18 +148,31 @@ class Tokenizer:
                 "continue a text, with --prompt and without --chat",
                 file=self._declared.folder,
             )
+        text = self._rendered(template, messages, answered)
+        return self.encode(text, bos=False, parse_special=True)
+
+    def chat_text(self, messages: Sequence[Mapping[str, object]]) -> str | None:
+        """What `encode_chat` makes ids of, for a person to read; None for a model without a template.
+
+        Of mistral's own folders it is what their pieces look like side by side. Raises TokenizerError as `encode_chat`.
+        """
+        template = self._declared.template()
+        if template is None and self._declared.is_mistrals:
+            template = chat.template(chat.style_of(self.special), self.special)
+        return None if template is None else self._rendered(template, messages, False).replace(chat.MARKER, "")
+
+    def _rendered(self, template: str, messages: Sequence[Mapping[str, object]], answered: bool) -> str:
         from .rendering import render
 
         names = self._declared.names
         if not (self._declared.folder / JSON_FILE).exists():
             names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **names}
         try:
-            text = render(template, messages, add_generation_prompt=not answered, **names)
+            return render(template, messages, add_generation_prompt=not answered, **names)
         except ValueError as error:
             raise TokenizerError(
                 f"the model's chat template refuses the conversation: {error}", file=self._declared.folder
             ) from None
-        return self.encode(text, bos=False, parse_special=True)
 
     def encode_instruct(self, messages: Sequence[Mapping[str, object]], continue_final: bool = False) -> list[int]:
         """Ids of a conversation in mistral's own format, BOS included (chat.py tells it).

@@ -59,7 +59,8 @@ def peer(args: argparse.Namespace, work: Path, layers: int) -> dict[str, Any]:
     found = sequences(args.text, mixtools.open(args.model), samples=args.samples, seq_len=args.seq_len)
     np.save(work / "ids.npy", np.stack([ids.numpy() for ids in found.sequences]))
     command = [args.peer_python, PEER, args.model, work / "ids.npy"]
-    told = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout.splitlines()
+    paths = [str(Path(word).absolute()) if Path(word).exists() else str(word) for word in command]
+    told = subprocess.run(paths, check=True, capture_output=True, text=True, cwd=work).stdout.splitlines()
     done = json.loads(told[-1])
     return {**done, "seconds_a_layer": done["seconds"] / layers}
 

@@ -91,7 +91,6 @@ def test_overrides_take_the_type_of_their_option() -> None:
         (text() + "name: m\n", (), "line 6: key 'name' is there twice"),
         (text(", dtype: keep, dtype: bf16"), (), "key 'dtype' is there twice"),
         (text().replace("to-hf", "to-fh"), (), "unknown verb 'convert to-fh'; did you mean convert to-hf?"),
-        (text().replace("convert to-hf", "card"), (), "steps.card: 'card' is not supported yet"),
         (text() + '- {do: convert to-hf, src: ., out: x}\n', (), "two steps have this name"),
         (text() + '- {do: convert to-hf, as: b, src: ., out: o/a}\n', (), "steps.b.out: o/a is what steps.conv"),
         (text() + "- {src: .}\n", (), "steps: number 2 must say what to `do`"),

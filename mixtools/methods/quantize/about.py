@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ...config import MixtralConfig, load_object
 from ...documents import MAX_DOCUMENT
@@ -20,11 +20,12 @@ from ...layouts.gguf import KEPT
 from ...layouts.gguf_config import ARCHITECTURE, FILE_TYPES
 from ...layouts.gguf_files import stem_of
 from ...storage.gguf_values import Kind, Metadata, Value, array, from_json, string, uint32
+from ...text import front_matter
+from ...text.front_matter import is_text, texts
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _HUB = "https://huggingface.co/"
 _UNITS = ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-_MAX_CARD = 1 << 20  # bytes of a README.md whose front matter is read
 _TYPE = re.compile(  # behind it, as some publishers have it, their own word for a mixture
     r"(?P<stem>.+?)[.-](?:(?:UD|i1)-)?(?:" + "|".join([*FILE_TYPES, "FP16", "FP32"]) + ")", re.IGNORECASE
 )
@@ -68,7 +69,7 @@ def general(
     earlier = _earlier(source).items()
     told |= {key: value for key, value in earlier if key.startswith("general.") and not key.startswith(_DROPPED)}
     if source.gguf is None:
-        told |= dict(_from_card(_front_matter(source.folder / "README.md")))
+        told |= dict(_from_card(front_matter.read(source.folder / "README.md")))
     if named:
         told["general.name"] = string(name)
     if quantized_by:
@@ -106,25 +107,11 @@ def size_label(config: MixtralConfig) -> str:
     return f"{config.num_experts}x{scaled:.{max(0, 2 - len(str(round(scaled))))}f}{letter}"
 
 
-def _front_matter(card: Path) -> Mapping[str, Any]:
-    """The YAML at the head of a card; empty without one that can be read."""
-    import yaml
-
-    try:
-        if card.stat().st_size > _MAX_CARD:
-            return {}
-        match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
-        found = yaml.load(match[1], yaml.BaseLoader) if match else {}  # texts alone: Norwegian is no, and no false
-    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _from_card(card: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     for key in ("license", "license_name", "license_link"):
-        if _is_text(found := card.get(key)):
+        if is_text(found := card.get(key)):
             yield f"general.{key.replace('_', '.')}", string(found)
-    bases = [base for base in _texts(card.get("base_model")) if re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
+    bases = [base for base in texts(card.get("base_model")) if re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
     if bases:
         yield "general.base_model.count", uint32(len(bases))
     for number, base in enumerate(bases):
@@ -134,15 +121,5 @@ def _from_card(card: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
         yield f"{key}.organization", string(owner)
         yield f"{key}.repo_url", string(_HUB + base)
     for key, name in (("tags", "tags"), ("language", "languages")):
-        if texts := [*_texts(card.get(key))]:
-            yield f"general.{name}", array(Kind.STRING, texts)
-
-
-def _texts(value: Any) -> Iterable[str]:
-    """One, or a list of them."""
-    return [one for one in (value if isinstance(value, list) else [value]) if _is_text(one)]
-
-
-def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether there is one, of characters that UTF-8 can hold: YAML can write others."""
-    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
+        if told := texts(card.get(key)):
+            yield f"general.{name}", array(Kind.STRING, told)

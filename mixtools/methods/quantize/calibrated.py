@@ -24,6 +24,7 @@ from ...layouts.gguf import GGUF
 from ...layouts.table import from_canonical
 from ...names import Role, Slot, layer_slots
 from ...ops.cpu import NATIVE
+from ...storage import manifest
 from ...storage.dtypes import DType
 from ...storage.output import Output
 from ...storage.store import Bits, from_tensor
@@ -149,4 +150,5 @@ def _finished(job: Job, source: Checkpoint, name: str, told: Mapping[str, Any], 
     return replace(
         job, record={**job.record, name: dict(told)}, label="quantizing", jobs=1, base_bytes=WITH_TORCH,
         notes=(*job.notes, *how.text.notes), report=reported, reports=report.names(stem),
+        told={manifest.CALIBRATION: how.text.name},
     )  # fmt: skip
