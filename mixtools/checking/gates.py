@@ -34,6 +34,8 @@ NAMES = {
 }
 _EXACT = {"tensors_different": 0.0, "ppl_ratio": 1.002, "kld_mean": 0.002}
 _FOUR_BITS = {"ppl_ratio": 1.03, "kld_mean": 0.035}
+_FOUR_BITS_OF_A_TABLE = {"ppl_ratio": 1.04, "kld_mean": 0.045}
+_THREE_BITS = {"ppl_ratio": 1.12, "kld_mean": 0.15}
 _FIVE_BITS = {"ppl_ratio": 1.01, "kld_mean": 0.012}
 _SIX_BITS = {"ppl_ratio": 1.005, "kld_mean": 0.006}
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -50,13 +52,23 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "Q4_K_S": _FOUR_BITS,
     "Q4_0": _FOUR_BITS,
     "Q4_1": _FOUR_BITS,
-    "nf4": _FOUR_BITS,
+    "nf4": _FOUR_BITS_OF_A_TABLE,
+    "IQ4_NL": _FOUR_BITS_OF_A_TABLE,
+    "IQ4_XS": _FOUR_BITS_OF_A_TABLE,
     "gptq": _FOUR_BITS,
     "awq": _FOUR_BITS,
     "compressed-tensors": _FOUR_BITS,
     "gptq-8bit": _SIX_BITS,
     "compressed-tensors-8bit": _SIX_BITS,
+    "Q3_K_L": {"ppl_ratio": 1.07, "kld_mean": 0.09},
     "Q3_K_M": {"ppl_ratio": 1.08, "kld_mean": 0.10},
+    "Q3_K_S": _THREE_BITS,
+    "gptq-3bit": _THREE_BITS,
+    "compressed-tensors-3bit": _THREE_BITS,
+    **{kind: {"ppl_ratio": 1.15, "kld_mean": 0.20} for kind in ("IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS")},
+    "Q2_K": {"ppl_ratio": 1.35, "kld_mean": 0.35},
+    **{kind: {"ppl_ratio": 1.6, "kld_mean": 0.6} for kind in ("Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")},
+    # below that, groups of 2 bits and IQ1: what a model has left is for its user to judge
 }
 
 

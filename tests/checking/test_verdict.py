@@ -196,7 +196,7 @@ def test_the_verdict_on(outputs, output, options, verdict, judged):
 
 @pytest.mark.parametrize("options", [{}, MEASURED])
 def test_a_kind_without_gates_of_its_own_is_never_passed(options, dense, monkeypatch):
-    monkeypatch.setattr(judge.gates, "kind_of", lambda *_: "IQ2_XXS")
+    monkeypatch.setattr(judge.gates, "kind_of", lambda *_: "IQ1_M")
     found = check(dense, **options)  # even where nothing changed
     assert found.verdict == "intact"
     assert "every one is its source's, bit for bit. No gate judges" in report.headline(found.document)
