@@ -56,7 +56,8 @@ COMMANDS = {  # by the function behind each
     "convert expert-names": mixtools.expert_names, "card": mixtools.card, "push": mixtools.push,
 }  # fmt: skip
 SHARED = {"json", "quiet", "debug", "help"}
-SPELLED = {"repo": "repository", "src": "source", "file": "recipe", "pairs": "values"}  # SRC, RECIPE, KEY=VALUE on the command line
+# SRC, RECIPE, KEY=VALUE on the command line
+SPELLED = {"repo": "repository", "src": "source", "file": "recipe", "pairs": "values"}
 OWN = {"safetensors"}  # hf-to-torrent's way to say to="torrent"
 
 

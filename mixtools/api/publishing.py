@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..errors import CheckFailed, UsageError
 from ..machine import human_bytes
 from ..progress import Callback, Progress, Silent, watched
+from ..storage.sealed import CARD
 from ..verbs import Option, Result
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ Outs = Annotated[list[str] | str | Path, Option("OUTPUT", _OUT, argument=True)]
 Base = Annotated[str | None, Option("ORG/NAME", "The model on the Hub that it was made of.")]
 By = Annotated[str | None, Option("NAME", "Who quantized it, for the card's metadata.")]
 DryRun = Annotated[bool, Option("", "Tell what would be done; write nothing, ask no network.", machine=True)]
-OURS_BESIDE = "README.mixtools.md"  # where somebody's own README.md is kept
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ class Pushed(Result):
                     f"  sent {told.sent} of them ({human_bytes(told.sent_bytes)}) in {told.commits} commits; "
                     f"{told.skipped} were there; every size and hash was read back"
                 )
+                if told.card != CARD:
+                    yield f"  {CARD} there is somebody's own and stays; ours lies beside it as {told.card}"
             if branch.left_out:
                 yield (
                     "  left out, as yours or as telling of this machine's folders (--include takes them along): "
@@ -278,7 +280,7 @@ def _is_own(readme: Path) -> bool:
 
 def _cards(found: Sequence[Any], written: Card) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """README.md and picture to publish: somebody's own card goes before ours."""
-    from ..storage.sealed import CARD, PICTURE
+    from ..storage.sealed import PICTURE
 
     readme = next((output.folder / CARD for output in found if _is_own(output.folder / CARD)), None)
     if readme is not None:
@@ -288,14 +290,14 @@ def _cards(found: Sequence[Any], written: Card) -> tuple[dict[str, bytes], tuple
 
 def _leave(judged: Sequence[Judged], written: Card, folders: Sequence[Path], *, replace: bool, dry_run: bool) -> Carded:
     from ..storage.disk import DiskErrors
-    from ..storage.sealed import CARD, PICTURE
+    from ..storage.sealed import BESIDE, PICTURE
 
     files: list[Path] = []
     kept: list[Path] = []
     for folder in folders:
         own = _is_own(folder / CARD) and not replace
         kept += [folder / CARD] if own else []
-        wanted = {OURS_BESIDE if own else CARD: written.readme}
+        wanted = {BESIDE if own else CARD: written.readme}
         wanted |= {PICTURE: written.picture} if written.picture else {}
         for name, data in wanted.items():
             files.append(folder / name)

@@ -68,8 +68,9 @@ def write(judged: Sequence[Judged], asked: Asked) -> Card:
               for i, one in enumerate(judged) if one.document.get("kld")]  # fmt: skip
     picture = png(points, source) if len({point.bytes for point in points}) > 1 else None
     metadata = front.data(
-        judged, from_source, base, name=title, quantized_by=asked.quantized_by, prompt=_one_turn(outputs[0])
-    )
+        judged, from_source, base, name=title, quantized_by=asked.quantized_by, prompt=_one_turn(outputs[0]),
+        labels=names if len(judged) > 1 or outputs[0].is_gguf else (),
+    )  # fmt: skip
     body = _render(
         title=title, opening=_opening(judged, base, source), failed=_failed(judged), gguf=outputs[0].is_gguf,
         choice=_choice(judged), branches=asked.branches, rows=[_row(one, asked, i) for i, one in enumerate(judged)],

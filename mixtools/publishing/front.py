@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .outputs import Judged, Output
 
-_KEPT = ("license", "license_name", "license_link", "language")
+KEPT = ("license", "license_name", "license_link", "language")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TAGS = {
     "gptq": ("gptq", "4-bit"), "awq": ("awq", "4-bit"), "nf4": ("bitsandbytes", "4-bit"),
@@ -48,9 +48,9 @@ def inherited(outputs: Sequence[Output]) -> Inherited:
     for output in outputs:
         card = output.folder / CARD
         told = front_matter.read(card)
-        kept = {**_of_gguf(output), **{key: told[key] for key in _KEPT if _is_plain(told.get(key))}, **kept}
+        kept = {**_of_gguf(output), **{key: told[key] for key in KEPT if is_plain(told.get(key))}, **kept}
         tags |= dict.fromkeys(
-            filter(_is_plain, (*_texts_of_gguf(output, "tags"), *front_matter.texts(told.get("tags"))))
+            filter(is_plain, (*_texts_of_gguf(output, "tags"), *front_matter.texts(told.get("tags"))))
         )
         base = base or _base(output) or _of_ours(card, told)
     return Inherited(kept, tuple(tags), base)
@@ -58,13 +58,16 @@ def inherited(outputs: Sequence[Output]) -> Inherited:
 
 def data(
     judged: Sequence[Judged], from_source: Inherited, base: str | None, *, name: str, quantized_by: str | None,
-    prompt: str | None,
+    prompt: str | None, labels: Sequence[str] = (),
 ) -> ModelCardData:  # fmt: skip
-    """The metadata. Results are those of checks that hold for the bytes as they are."""
+    """The metadata. Results are those of checks that hold for the bytes as they are; `labels` tell those of several
+    outputs apart.
+    """
     from huggingface_hub import ModelCardData
 
     kinds = {one.output.kind for one in judged}
-    results = [result for one in judged for result in _results(one)]
+    of = labels or [""] * len(judged)
+    results = [result for one, label in zip(judged, of, strict=True) for result in _results(one, label)]
     told: dict[str, Any] = {
         "base_model": base, "base_model_relation": relation(judged) if base else None,
         "library_name": library(judged), "pipeline_tag": "text-generation",
@@ -106,7 +109,7 @@ def _tags(judged: Sequence[Judged], kinds: set[str]) -> Iterator[str]:
     yield "mixtools"
 
 
-def _results(one: Judged) -> Iterator[Any]:
+def _results(one: Judged, label: str) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
     document = one.document
@@ -118,11 +121,11 @@ def _results(one: Judged) -> Iterator[Any]:
         "task_type": "text-generation", "dataset_type": Path(about.get("name") or "text").stem.lower(),
         "dataset_name": about.get("name") or "text",
     }  # fmt: skip
-    label = f"{one.output.name}: " if one.output.is_gguf else ""
+    of = f"{label}: " if label else ""
     figures = {"perplexity": told["output"], "kl_divergence": document["kld"]["mean"], "same_top": document["same_top"]}
     for name, value in figures.items():
         if value is not None:
-            words = f"{label}{name.replace('_', ' ')} ({where})"
+            words = f"{of}{name.replace('_', ' ')} ({where})"
             yield EvalResult(**dataset, metric_type=name, metric_value=round(value, 6), metric_name=words)
 
 
@@ -147,10 +150,10 @@ def _texts_of_gguf(output: Output, name: str) -> list[str]:
     return [*found.value] if found is not None and found.item is Kind.STRING else []
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """A text of one line, or a list of such: a line of dashes within one would end the metadata."""
     if isinstance(value, list):
-        return bool(value) and all(map(_is_plain, value))
+        return bool(value) and all(map(is_plain, value))
     return front_matter.is_text(value) and str(value).isprintable()
 
 

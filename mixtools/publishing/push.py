@@ -23,9 +23,10 @@ from ..errors import HubError, InputError
 from ..progress import Progress
 from ..storage import checked, manifest
 from ..storage.manifest import File
-from ..storage.sealed import CARD, PICTURE
+from ..storage.sealed import BESIDE, CARD, PICTURE
 from .client import TRIES, Client, LostError, Remote
 from .outputs import Judged, Output, is_portable
+from .theirs import placed
 
 MAIN, RECIPE = "main", "recipe.yaml"
 _OPENS = re.compile(r"config\.json|params\.json|.*\.index\.json")  # without it no loader opens the weights
@@ -159,7 +160,8 @@ def _others(output: Output) -> set[str]:
 
 def _is_own(path: Path, known: Iterable[str]) -> bool:
     hidden = path.name.startswith(".") or path.is_dir()
-    return not (hidden or path.name in set(known) or path.name in (CARD, PICTURE) or _REPORTS.fullmatch(path.name))
+    cards = path.name in (CARD, BESIDE, PICTURE)
+    return not (hidden or cards or path.name in set(known) or _REPORTS.fullmatch(path.name))
 
 
 def _item(path: str, data: bytes, place: Path | None = None) -> Item:
@@ -179,11 +181,12 @@ class Sent:
     sent_bytes: int = 0
     skipped: int = 0
     commits: int = 0
+    card: str = CARD  # where it went: somebody's own README.md there stays
 
     def document(self) -> dict[str, Any]:
         return {
             "revision": self.revision, "sent": self.sent, "sent_bytes": self.sent_bytes, "skipped": self.skipped,
-            "commits": self.commits,
+            "commits": self.commits, "card": self.card,
         }  # fmt: skip
 
 
@@ -211,6 +214,7 @@ def publish(client: Client, branch: Branch, revision: str, progress: Progress) -
     """Bring a revision to what the branch is to hold, and read it back. Raises HubError; running again continues."""
     done = Sent(branch.name, revision)
     remote = client.files(revision)
+    branch, done.card = _beside_theirs(client, branch, revision, remote)
     missing = [item for item in branch.weights if not item.is_there(remote)]
     done.skipped = len(branch.weights) - len(missing)
     if missing and (stale := _withdrawn(branch, remote)):
@@ -231,6 +235,16 @@ def publish(client: Client, branch: Branch, revision: str, progress: Progress) -
     done.skipped += len(branch.documents) - len(documents)
     expect_there(client, branch, revision)
     return done
+
+
+def _beside_theirs(client: Client, branch: Branch, revision: str, remote: Mapping[str, Remote]) -> tuple[Branch, str]:
+    """The branch with its card where one that lies there leaves it (theirs.py), and that place."""
+    ours = next((item for item in branch.documents if item.path == CARD), None)
+    if ours is None or not isinstance(ours.data, bytes) or CARD not in remote or ours.is_there(remote):
+        return branch, CARD
+    path, data = placed(ours.data, client.read(CARD, revision))
+    documents = (*(item for item in branch.documents if item is not ours), _item(path, data))
+    return replace(branch, documents=documents), path
 
 
 def expect_there(client: Client, branch: Branch, revision: str) -> None:
@@ -281,7 +295,7 @@ def _outdated(client: Client, branch: Branch, revision: str, remote: Mapping[str
         listed = json.loads(client.read(manifest.NAME, revision))["files"]
     except (ValueError, KeyError, TypeError):
         return []  # somebody else's, and none of our business
-    mine = {item.path for item in branch.items}
+    mine = {item.path for item in branch.items} | {CARD}  # a card that is left is somebody's own
     return sorted(path for path in listed if path in remote and path not in mine)
 
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 CARD = "README.md"
+BESIDE = "README.mixtools.md"  # the card, where somebody's own README.md is kept
 PICTURE = "mixtools-card.png"  # which the card shows
 RECORD = "mixtools-check.json"  # of checks (checked.py)
 _MAX_BYTES = 16 << 20
@@ -23,15 +24,22 @@ def seal(text: str) -> bytes:
     return data + f"<!-- written by mixtools; sha256 of what stands above: {_digest(data)} -->\n".encode()
 
 
+def unsealed(data: bytes) -> str | None:
+    """The text that `seal` made this of, None where it was changed since; Windows' line ends, as Git may give them, do
+    not count.
+    """
+    match = _SEAL.fullmatch(data.replace(b"\r\n", b"\n"))
+    return match[1].decode() if match is not None and _digest(match[1]) == match[2].decode() else None
+
+
 def is_sealed(path: Path) -> bool:
-    """Whether a file is there and as `seal` left it; Windows' line ends, as Git may give it, do not count."""
+    """Whether a file is there and as `seal` left it."""
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             return False
-        match = _SEAL.fullmatch(path.read_bytes().replace(b"\r\n", b"\n"))
+        return unsealed(path.read_bytes()) is not None
     except OSError:
         return False
-    return match is not None and _digest(match[1]) == match[2].decode()
 
 
 def _digest(data: bytes) -> str:

@@ -12,16 +12,22 @@ _MAX_BYTES = 1 << 20
 
 def read(card: Path) -> Mapping[str, Any]:
     """Values are texts, lists and mappings of them; empty without a head that can be read."""
+    try:
+        return split(card.read_text("utf-8", "replace"))[0] if card.stat().st_size <= _MAX_BYTES else {}
+    except OSError:
+        return {}
+
+
+def split(text: str) -> tuple[Mapping[str, Any], str]:
+    """Head, as `read` gives it, and what follows it."""
     import yaml
 
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        if card.stat().st_size > _MAX_BYTES:
-            return {}
-        match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
         found = yaml.load(match[1], yaml.BaseLoader) if match else {}  # texts alone: Norwegian is no, and no false
-    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}, text[match.end() :] if match else text
 
 
 def texts(value: Any) -> list[str]:

@@ -61,6 +61,8 @@ def test_of_gptq_with_branches(tmp_path: Path) -> None:
     assert card.data.to_dict()["tags"][:6] == ["mixtral", "moe", "gptq", "4-bit", "8-bit", "mixtools"]
     for branch in ("gptq-4bit-128g", "gptq-8bit-32g"):
         assert f"[{branch}](https://huggingface.co/me/nano-GPTQ/tree/{branch})" in text
+    told = [one.metric_name.partition(": ")[0] for one in card.data.eval_results]
+    assert told == [branch for branch in ("gptq-4bit-128g", "gptq-8bit-32g") for _ in range(3)]
     assert "8 bits, groups of 32, symmetric" in text
     assert "calibrated on 256 tokens of text.txt in 4 samples" in text
     assert "AutoGPTQForCausalLM" in text and 'revision="gptq-4bit-128g"' in text and "GPTQModel.load" not in text

@@ -72,11 +72,11 @@ def test_nothing_opens_the_weights_of_two_models(tmp_path: Path, hub: Hub) -> No
     changed(*(out / name for name in shards))
     done = mixtools.push([out], REPO, unchecked=True)
     new = {path: blob.etag for path, blob in kept.branches["main"].items()}
-    assert all(old[name] != new[name] for name in shards) and OPENS <= new.keys()
+    assert all(old[name] != new[name] for name in shards) and new.keys() >= OPENS
     first, *between, last = states(kept, since)
     assert not OPENS & first.keys() and {name: first[name] for name in shards} == {name: old[name] for name in shards}
     assert len(between) == len(shards) and all(not OPENS & state.keys() for state in between)
-    assert OPENS <= last.keys() and done.sent[0].commits == len(shards) + 2
+    assert last.keys() >= OPENS and done.sent[0].commits == len(shards) + 2
 
 
 def test_parts_of_a_gguf_are_never_of_two(tmp_path: Path, hub: Hub) -> None:
@@ -129,7 +129,7 @@ def test_a_withdrawal_whose_answer_was_lost(tmp_path: Path, hub: Hub) -> None:
         hub.fail("POST", r"/commit/", **({"drop": True} if drop else {"status": 503}))
         mixtools.push([out], repo, unchecked=True)
         told = [one for one in hub.repositories[repo].commits if one.deleted]
-        assert len(told) == 1 and OPENS <= {*told[0].deleted}
+        assert len(told) == 1 and {*told[0].deleted} >= OPENS
 
 
 def test_each_wait_is_longer(tmp_path: Path, hub: Hub, slept: list[float]) -> None:
@@ -179,20 +179,14 @@ TITLE = "Add model-00001-of-00004.safetensors and 3 more"
 
 
 @pytest.mark.parametrize(
-    ("title", "author", "status", "continued"),
+    ("asked", "continued"),
     [
-        (TITLE, "me", "draft", True), (TITLE, "me", "open", True), (TITLE, "me", "closed", False),
-        (TITLE, "me", "merged", False), (TITLE, "somebody", "draft", False), ("Add another", "me", "draft", False),
+        ((TITLE, "me", "draft"), True), ((TITLE, "me", "open"), True), ((TITLE, "me", "closed"), False),
+        ((TITLE, "me", "merged"), False), ((TITLE, "somebody", "draft"), False), (("Add another", "me", "draft"), False),
     ],
 )  # fmt: skip
-def test_which_pull_request_is_continued(
-    tmp_path: Path,
-    hub: Hub,
-    title: str,
-    author: str,
-    status: str,
-    continued: bool,
-) -> None:
+def test_which_pull_request_is_continued(tmp_path: Path, hub: Hub, asked: tuple[str, ...], continued: bool) -> None:
+    title, author, status = asked
     kept = hub.create(REPO, {"config.json": b"{}"})
     kept.propose(title, author, status, "main")
     done = mixtools.push([made.gptq(tmp_path)], REPO, create_pr=True)
@@ -205,17 +199,16 @@ def test_which_pull_request_is_continued(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "name"),
+    ("group", "ordered", "name"),
     [
-        ("group_size", -1, "gptq-4bit-rows"), ("desc_act", True, "gptq-4bit-128g-actorder_True"),
-        ("desc_act", False, "gptq-4bit-128g"),
+        (-1, False, "gptq-4bit-rows"), (128, True, "gptq-4bit-128g-actorder_True"), (128, False, "gptq-4bit-128g"),
     ],
 )  # fmt: skip
-def test_a_branch_is_called_by_its_configuration(tmp_path: Path, key: str, value: object, name: str) -> None:
-    out = made.gptq(tmp_path)
+def test_a_branch_is_called_by_its_configuration(tmp_path: Path, group: int, ordered: bool, name: str) -> None:
+    out = made.gptq(tmp_path, group=group)
     for file in (out / "config.json", out / "quantize_config.json"):
         document = json.loads(file.read_text())
-        document.get("quantization_config", document)[key] = value
+        document.get("quantization_config", document)["desc_act"] = ordered
         file.write_text(json.dumps(document))
     (output,) = find([out])
     assert pushing.branch_name(output) == name
