@@ -1,6 +1,8 @@
-// 32 codes at a time, each a signed byte, on each instruction set: cut out of packed bits, scaled, rounded and stored.
+// 32 codes at a time, each a signed byte, on each instruction set: cut out of packed bits, scaled, and stored or
+// multiplied.
 //
-// The classes have the same functions, which give the same bytes. Those with vectors take regular blocks only: none of
+// The classes have the same functions, which give the same bytes: sums run in 32 lanes, each by itself, and are
+// added up as a tree in the end. Those with vectors take regular blocks only: none of
 // their values is NaN, or a denormal, which the hardware's own bf16 takes for zero.
 #pragma once
 
@@ -86,6 +88,25 @@ struct PlainCodes {
         }
     }
     static void finish() {}
+
+    struct Sums {  // of each of the 32 places
+        float at[32];
+    };
+    static MIXTOOLS_INLINE Sums no_sums() { return Sums{}; }
+    // sums[t] += value * x of token t, in each place, with one rounding.
+    template <Offset OFFSET, int TOKENS>
+    static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride, Sums* sums) {
+        float values[32];
+        put<F32, OFFSET>(codes, by, reinterpret_cast<uint8_t*>(values), false);
+        for (int token = 0; token < TOKENS; token++)
+            for (int i = 0; i < 32; i++)
+                sums[token].at[i] = __builtin_fmaf(values[i], x[token * x_stride + i], sums[token].at[i]);
+    }
+    static MIXTOOLS_INLINE float total(Sums sums) {
+        for (int half = 16; half > 0; half /= 2)
+            for (int i = 0; i < half; i++) sums.at[i] = sums.at[i] + sums.at[i + half];
+        return sums.at[0];
+    }
 };
 
 #if MIXTOOLS_X86
@@ -177,6 +198,38 @@ struct Avx2Codes {
         }
     }
     static void finish() { _mm_sfence(); }
+
+    struct Sums {
+        __m256 at[4];
+    };
+    TARGET_AVX2 static MIXTOOLS_INLINE Sums no_sums() {
+        const __m256 zero = _mm256_setzero_ps();
+        return {{zero, zero, zero, zero}};
+    }
+    template <Offset OFFSET, int TOKENS>
+    TARGET_AVX2 static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride,
+                                                Sums* sums) {
+        MIXTOOLS_UNROLL
+        for (int eight = 0; eight < 4; eight++) {
+            const __m128i sixteen = eight / 2 ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+            const __m128i first = eight % 2 ? _mm_srli_si128(sixteen, 8) : sixteen;
+            const __m256 values = scaled<OFFSET>(first, by.scale[eight / 2], by.offset[eight / 2]);
+            MIXTOOLS_UNROLL
+            for (int token = 0; token < TOKENS; token++) {
+                const __m256 factors = _mm256_loadu_ps(x + token * x_stride + eight * 8);
+                sums[token].at[eight] = _mm256_fmadd_ps(values, factors, sums[token].at[eight]);
+            }
+        }
+    }
+    TARGET_AVX2 static MIXTOOLS_INLINE float total(const Sums& sums) {
+        const __m256 a = _mm256_add_ps(sums.at[0], sums.at[2]), b = _mm256_add_ps(sums.at[1], sums.at[3]);
+        return total_of(_mm256_add_ps(a, b));
+    }
+    TARGET_AVX2 static MIXTOOLS_INLINE float total_of(__m256 eight) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
 };
 
 struct Avx512Codes : Avx2Codes {
@@ -237,6 +290,28 @@ struct Avx512Codes : Avx2Codes {
             const __m512i first = _mm512_castsi256_si512(_mm512_cvtps_ph(a, NEAREST));
             store(out, _mm512_inserti64x4(first, _mm512_cvtps_ph(b, NEAREST), 1), stream);
         }
+    }
+
+    struct Sums {
+        __m512 at[2];
+    };
+    TARGET_AVX512 static MIXTOOLS_INLINE Sums no_sums() { return {{_mm512_setzero_ps(), _mm512_setzero_ps()}}; }
+    template <Offset OFFSET, int TOKENS>
+    TARGET_AVX512 static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride,
+                                                  Sums* sums) {
+        const __m512 a = scaled<OFFSET>(_mm256_castsi256_si128(codes), by.scale[0], by.offset[0]);
+        const __m512 b = scaled<OFFSET>(_mm256_extracti128_si256(codes, 1), by.scale[1], by.offset[1]);
+        MIXTOOLS_UNROLL
+        for (int token = 0; token < TOKENS; token++) {
+            const float* at = x + token * x_stride;
+            sums[token].at[0] = _mm512_fmadd_ps(a, _mm512_loadu_ps(at), sums[token].at[0]);
+            sums[token].at[1] = _mm512_fmadd_ps(b, _mm512_loadu_ps(at + 16), sums[token].at[1]);
+        }
+    }
+    TARGET_AVX512 static MIXTOOLS_INLINE float total(const Sums& sums) {
+        const __m512 sixteen = _mm512_add_ps(sums.at[0], sums.at[1]);
+        const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(sixteen), 1);
+        return total_of(_mm256_add_ps(_mm512_castps512_ps256(sixteen), _mm256_castpd_ps(high)));
     }
 };
 

@@ -19,8 +19,8 @@
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
-#define TARGET_AVX2 __attribute__((target("avx2,f16c")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,f16c")))
+#define TARGET_AVX2 __attribute__((target("avx2,f16c,fma")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,f16c,fma")))
 // The same for all functions between BEGIN and END.
 #if defined(__clang__)
 #define BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2\"))), apply_to = function)")
@@ -33,7 +33,7 @@
 #endif
 #if defined(__has_include) && __has_include(<avx512bf16intrin.h>)  // compilers since GCC 10
 #define MIXTOOLS_AVX512_BF16 1
-#define TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512bw,f16c,avx512bf16")))
+#define TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512bw,f16c,fma,avx512bf16")))
 #endif
 #endif
 
@@ -43,17 +43,17 @@ namespace mixtools {
 enum Isa : int { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 #if MIXTOOLS_X86
-// Conversion of f16, which each processor with AVX2 has, unless a virtual machine hides it.
-inline bool has_f16c() {
+// Conversion of f16 and fused products, which each processor with AVX2 has, unless a virtual machine hides them.
+inline bool has_f16c_and_fma() {
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && (c & bit_FMA);
 }
 #endif
 
 inline int best_isa() {
 #if MIXTOOLS_X86
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !has_f16c()) return PLAIN;
+    if (!__builtin_cpu_supports("avx2") || !has_f16c_and_fma()) return PLAIN;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return AVX2;
 #if MIXTOOLS_AVX512_BF16
     if (__builtin_cpu_supports("avx512bf16")) return AVX512_BF16;

@@ -40,7 +40,7 @@ int64_t first_nonfinite_any(const uint8_t* data, int64_t count, int item_size, u
 }  // namespace
 
 // Raised with every change to a signature or to a meaning below; ops/cpu.py refuses another number.
-MIXTOOLS_EXPORT int mixtools_abi_version() { return 2; }
+MIXTOOLS_EXPORT int mixtools_abi_version() { return 3; }
 
 MIXTOOLS_EXPORT int mixtools_best_isa() { return best_isa(); }
 
@@ -80,6 +80,13 @@ MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint
     if (!decoder.run) return UNKNOWN;
     blocks::decode_rows(decoder, src, src_stride, dst, dst_stride, rows, row_blocks, threads);
     return 0;
+}
+
+// Each of `count` products (decode.h), all sums in fp32. `narrow`: all values of each x are bf16's own, for which some
+// machines have a faster way.
+MIXTOOLS_EXPORT int mixtools_multiply(const blocks::Product* products, int64_t count, int narrow, int64_t threads,
+                                      int isa) {
+    return blocks::multiply_all(products, count, narrow != 0, threads, isa) ? 0 : UNKNOWN;
 }
 
 // The blocks of ggml's `type` that `rows` rows of `cols` values of `source_type` make, at `out`, dense. Both types are

@@ -106,7 +106,8 @@ def _in_memory(
     source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """With the end, which generate leaves out: that the source ended is a choice to compare, too."""
-    model = Mixtral.load(source.reader, source.device, source.dtype)
+    # dense, as the stream that the output is compared with reads the source: its roundings and no others
+    model = Mixtral.load(source.reader, source.device, source.dtype, packed=False)
     texts = generate(model, prompts, Options(max_new_tokens=new_tokens, stop=()))
     return [text[: next((at + 1 for at, token in enumerate(text) if token in ends), None)] for text in texts]
 

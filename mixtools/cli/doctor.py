@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..machine import human_bytes
 from ..version import __version__
@@ -23,13 +25,21 @@ _OPTIONAL = {
 }
 
 
-def doctor(json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False) -> int:
+_LEAST = (8, 0)  # compute capability: bf16 needs it
+
+
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure memory and products too; takes seconds.")] = False,
+    json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False,
+) -> int:  # fmt: skip
     """What this machine can do: torch, kernels, memory, disk, optional packages.
 
-    Example: mixtools doctor --json
+    Example: mixtools doctor --measure
     """
     screen = base.Screen(json, quiet)
     document = examine()
+    if measure and document["kernels"]["problem"] is None:
+        document["measured"] = _measured()
     screen.result(document, lambda: _tell(document))
     return 0 if document["ok"] else 1
 
@@ -58,10 +68,37 @@ def examine() -> dict[str, Any]:
         "cpu": {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                 "torch_threads": torch.get_num_threads(), "torch_capability": torch.backends.cpu.get_cpu_capability()},
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "gpu": {"problems": _gpu_problems(), "triton": _version("triton")},
         "mps": torch.backends.mps.is_available(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
     }  # fmt: skip
+
+
+def _gpu_problems() -> list[str]:
+    """Why no card, or not every card, can be computed on; empty where all can."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return ["this torch is a build for CPUs alone"]
+    if not torch.cuda.is_available():
+        return ["torch finds no card: none is there, or its driver is missing or older than this torch"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if torch.version.hip is None and capability < _LEAST:
+            name, has = torch.cuda.get_device_name(index), ".".join(map(str, capability))
+            found.append(f"{name} is too old: compute capability {has}, and bf16 needs {'.'.join(map(str, _LEAST))}")
+    return found
+
+
+def _measured() -> dict[str, Any]:
+    import torch
+
+    from .. import rates
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {device: rates.measure(torch.device(device)) for device in devices}
 
 
 def _version(package: str) -> str | None:
@@ -80,8 +117,17 @@ def _tell(document: dict[str, Any]) -> Iterator[str]:
     cpu = document["cpu"]
     yield f"  {'cpu':<16} {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads, {cpu['torch_capability']}"
     yield f"  {'cuda':<16} {', '.join(document['cuda']) or 'no device'}"
+    for problem in document["gpu"]["problems"]:
+        yield f"  {'':<16} {problem}"
     yield f"  {'memory':<16} {human_bytes(document['memory_bytes'])}"
     yield f"  {'disk':<16} {human_bytes(document['disk_free_bytes'])} free in this folder"
     for name, version in document["optional"].items():
         yield f"  {name:<16} {version or 'not installed'} (optional: {_OPTIONAL[name]})"
+    for device, told in document.get("measured", {}).items():
+        yield f"measured on {device}"
+        yield f"  {'copy':<16} {told['copy_bytes_per_second'] / 1e9:.1f} GB/s, read and written"
+        for name, rate in told["products_per_second"].items():
+            yield f"  {'product ' + name:<16} {rate / 1e9:.0f} GFLOP/s"
+        for name, rate in told.get("blocks_bytes_per_second", {}).items():
+            yield f"  {'one token ' + name:<16} {rate / 1e9:.1f} GB/s of blocks"
     yield "all is well" if document["ok"] else "something is missing, see above"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import MemoryBudgetError
 from ..layouts.reader import Reader
 from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
-from . import products
+from . import blocks, host, products
 from .attention import BAND_ROWS
 
 HALF = 2  # bytes of a weight in bf16 or fp16
@@ -24,22 +25,32 @@ def stored_bytes(reader: Reader, slot: Slot) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def held_bytes(reader: Reader, slots: Iterable[Slot], itemsize: int, packed: bool) -> int:
+    """Bytes that these tensors take in memory: in blocks where they stay in them, else `itemsize` bytes a weight."""
+    total = 0
+    for slot in slots:
+        shape = reader.spec(slot).shape
+        type = blocks.type_of(reader, slot) if packed else None
+        total += type.nbytes(shape) if type else math.prod(shape) * itemsize
+    return total
+
+
 def layer_bytes(config: MixtralConfig, itemsize: int) -> int:
     """Bytes of one layer's weights, `itemsize` bytes each."""
     return sum(math.prod(config.shape(slot.role)) for slot in layer_slots(0, config.num_experts)) * itemsize
 
 
-def check(reader: Reader, itemsize: int, max_memory: int | None) -> None:
+def check(reader: Reader, itemsize: int, max_memory: int | None, *, packed: bool = False) -> None:
     """Raise MemoryBudgetError if the model, `itemsize` bytes a weight, and one stored tensor exceed `max_memory`.
 
-    The error tells what would fit: 16 bits, or one layer at a time.
+    `packed`: matrices stay in their blocks. The error tells what would fit: 16 bits, or one layer at a time.
     """
     config = reader.config
     largest = max(stored_bytes(reader, slot) for slot in config.slots())
-    need = config.num_parameters * itemsize + largest
+    need = held_bytes(reader, config.slots(), itemsize, packed) + largest
     if max_memory is None or need <= max_memory:
         return
-    halved = config.num_parameters * HALF + largest
+    halved = held_bytes(reader, config.slots(), HALF, packed) + largest
     layer = layer_bytes(config, itemsize) + largest
     if halved <= max_memory:
         advice = f"in bf16 or fp16 it takes {human_bytes(halved)} and fits"
@@ -47,7 +58,8 @@ def check(reader: Reader, itemsize: int, max_memory: int | None) -> None:
         advice = f"one layer at a time takes {human_bytes(layer)} and fits (perplexity and check run so)"
     else:
         advice = f"even one layer at a time takes {human_bytes(layer)}"
-    message = f"the model at {8 * itemsize} bits a weight exceeds the memory allowed; {advice}"
+    what = "the model in its blocks" if packed else f"the model at {8 * itemsize} bits a weight"
+    message = f"{what} exceeds the memory allowed; {advice}"
     raise MemoryBudgetError(message, expected=f"at most {human_bytes(max_memory)}", found=human_bytes(need))
 
 
@@ -83,7 +95,7 @@ class Needs:
         banded = window is not None and window < longest
         band = BAND_ROWS * min(BAND_ROWS + (window or 0), longest) * (3 + size) if banded else 0
         attention += size * config.num_heads * config.head_dim * banded
-        widened = device.type == "cpu" and not products.native(dtype)
+        widened = device.type == "cpu" and not host.native(dtype)
         return cls(
             embed=table,
             layer=layer_bytes(config, size) + 4 * config.num_experts * d,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +27,23 @@ def empty(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     memory = torch.from_numpy(np.empty(length + _LINE, np.uint8))
     start = -memory.data_ptr() % _LINE
     return memory[start : start + length].view(dtype).view(shape)
+
+
+@functools.cache
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies `dtype` by instructions of its own, and torch uses them.
+
+    AVX-512 BF16 or AMX for bf16, AVX-512 FP16 or AMX FP16 for fp16. True for anything but x86, where nothing was
+    measured, and for a torch too old to tell: torch's own way is right everywhere.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    if tell is None or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    can = tell()
+    wanted = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(can.get(name, False) for name in wanted)
 
 
 @contextmanager

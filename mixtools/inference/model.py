@@ -12,8 +12,8 @@ per token, F expert size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,16 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import TensorError
+from ..formats import Packed
 from ..layouts.reader import Reader
 from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
-from . import budget, host, products
+from . import blocks, budget, host, products
 from .attention import LayerCache, Span, attend, rotate, span
+from .products import Matrix
+
+Found = TypeVar("Found")
+QKV, O, GATE_UP, DOWN = (Role.Q, Role.K, Role.V), (Role.O,), (Role.GATE, Role.UP), (Role.DOWN,)  # noqa: E741
 
 
 class Observer(Protocol):
@@ -57,66 +62,47 @@ def copy(weight: Tensor, reader: Reader, slot: Slot) -> None:
     weight.copy_(reader.read(slot))
 
 
+def matrix(reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool) -> Matrix:
+    """A matrix of the reader: with `packed` as it is stored, where a product can take it so. Raises as `copy`."""
+    if packed and (found := blocks.read(reader, slot)) is not None:
+        return found
+    weight = host.empty(reader.config.shape(slot.role), device, dtype)
+    copy(weight, reader, slot)
+    return weight
+
+
 class Embedding:
     """ids -> hidden states."""
 
-    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.table = host.empty(config.shape(Role.EMBED), device, dtype)  # [V, D]
+    def __init__(self, table: Matrix, device: torch.device, dtype: torch.dtype) -> None:
+        self.table, self.device, self.dtype = table, device, dtype  # [V, D]
 
     @classmethod
-    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Embedding:
-        part = cls(reader.config, device, dtype)
-        copy(part.table, reader, Slot(Role.EMBED))
-        return part
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Embedding:
+        return cls(matrix(reader, Slot(Role.EMBED), device, dtype, packed=packed), device, dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
-        return F.embedding(ids, self.table)
+        return products.rows(ids, self.table, self.dtype)
 
 
-class Layer:
-    """One block; about 1.45 G weights in 8x7B. `fill` reuses its memory for another index."""
+class Block:
+    """What one layer does, whatever its matrices lie in: see Layer and PackedLayer."""
 
     def __init__(self, config: MixtralConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
-        d, f, e, hd = config.hidden_size, config.intermediate_size, config.num_experts, config.head_dim
         self.config, self.index = config, index
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of q, k, v
-        self.attention_norm = torch.empty(d, device=device, dtype=dtype)
-        self.qkv = host.empty((sum(self.heads) * hd, d), device, dtype)  # rows of q, then k, then v
-        self.o = host.empty((d, config.num_heads * hd), device, dtype)
-        self.ffn_norm = torch.empty(d, device=device, dtype=dtype)
-        self.router = torch.empty(e, d, device=device, dtype=torch.float32)  # a near tie picks another expert
-        self.gate_up = host.empty((e, 2 * f, d), device, dtype)  # rows of w1, then w3
-        self.down = host.empty((e, d, f), device, dtype)
-
-    @classmethod
-    def load(cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> Layer:
-        layer = cls(reader.config, index, device, dtype)
-        layer.fill(reader, index)
-        return layer
-
-    def fill(self, reader: Reader, index: int) -> None:
-        """Become layer `index`: read its tensors one by one into the memory at hand."""
-        self.index = index
-        for slot in layer_slots(index, self.config.num_experts):
-            copy(self.weight(slot), reader, slot)
+        self.attention_norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
+        self.ffn_norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
+        # fp32: a near tie picks another expert
+        self.router = torch.empty(config.num_experts, config.hidden_size, device=device)
 
     def need(self, *roles: Role, expert: int | None = None) -> None:
         """Called before these weights are used: a layer that is still being read waits here (stream.py)."""
 
-    def weight(self, slot: Slot) -> Tensor:
-        """The live weight of a slot of this layer, a view [out, in] or [D] to read or to copy_ into."""
-        q, k, v = torch.split(self.qkv, [heads * self.config.head_dim for heads in self.heads])
-        whole = {
-            Role.ATTENTION_NORM: self.attention_norm, Role.Q: q, Role.K: k, Role.V: v, Role.O: self.o,
-            Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router,
-        }  # fmt: skip
-        if slot.expert is None:
-            return whole[slot.role]
-        if slot.role is Role.DOWN:
-            return self.down[slot.expert]
-        gate, up = self.gate_up[slot.expert].chunk(2)
-        return gate if slot.role is Role.GATE else up
+    def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
+        """x [.., in] through the matrices of these roles (QKV, O, GATE_UP or DOWN), side by side: [.., out]."""
+        raise NotImplementedError
 
     def __call__(
         self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
@@ -136,9 +122,7 @@ class Layer:
         if observer:
             for role in (Role.Q, Role.K, Role.V):
                 observer(Slot(role, self.index), x.flatten(0, 1), None, None)
-        heads = (
-            products.linear(x, self.qkv).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
-        )  # [B, H+2G, T, hd]
+        heads = self.joined(x, QKV).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)  # [B, H+2G, T, hd]
         q, k, v = torch.split(heads, list(self.heads), dim=1)
         q, k = rotate(q, where), rotate(k, where)
         if cache is not None:
@@ -146,7 +130,7 @@ class Layer:
         mixed = attend(q, k, v, where).transpose(1, 2).flatten(2)  # [B, T, H*hd]
         if observer:
             observer(Slot(Role.O, self.index), mixed.flatten(0, 1), None, None)
-        return products.linear(mixed, self.o)
+        return self.joined(mixed, O)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D] -> weights [N, K] fp32, which sum to one, and experts [N, K]: softmax, top K, renormalised."""
@@ -172,11 +156,94 @@ class Layer:
         if observer:
             observer(Slot(Role.GATE, self.index, expert), x, tokens, weights)
             observer(Slot(Role.UP, self.index, expert), x, tokens, weights)
-        gate, up = products.linear(x, self.gate_up[expert]).chunk(2, dim=-1)  # [n, F] each
+        gate, up = self.joined(x, GATE_UP, expert).chunk(2, dim=-1)  # [n, F] each
         inner = F.silu(gate) * up
         if observer:
             observer(Slot(Role.DOWN, self.index, expert), inner, tokens, weights)
-        return products.linear(inner, self.down[expert])
+        return self.joined(inner, DOWN, expert)
+
+
+class Layer(Block):
+    """A layer of dense matrices; about 1.45 G weights in 8x7B. `fill` reuses its memory for another index."""
+
+    def __init__(self, config: MixtralConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, index, device, dtype)
+        d, f, e, hd = config.hidden_size, config.intermediate_size, config.num_experts, config.head_dim
+        self.qkv = host.empty((sum(self.heads) * hd, d), device, dtype)  # rows of q, then k, then v
+        self.o = host.empty((d, config.num_heads * hd), device, dtype)
+        self.gate_up = host.empty((e, 2 * f, d), device, dtype)  # rows of w1, then w3
+        self.down = host.empty((e, d, f), device, dtype)
+
+    @classmethod
+    def load(cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> Layer:
+        layer = cls(reader.config, index, device, dtype)
+        layer.fill(reader, index)
+        return layer
+
+    def fill(self, reader: Reader, index: int) -> None:
+        """Become layer `index`: read its tensors one by one into the memory at hand."""
+        self.index = index
+        for slot in layer_slots(index, self.config.num_experts):
+            copy(self.weight(slot), reader, slot)
+
+    def weight(self, slot: Slot) -> Tensor:
+        """The live weight of a slot of this layer, a view [out, in] or [D] to read or to copy_ into."""
+        q, k, v = torch.split(self.qkv, [heads * self.config.head_dim for heads in self.heads])
+        whole = {
+            Role.ATTENTION_NORM: self.attention_norm, Role.Q: q, Role.K: k, Role.V: v, Role.O: self.o,
+            Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router,
+        }  # fmt: skip
+        if slot.expert is None:
+            return whole[slot.role]
+        if slot.role is Role.DOWN:
+            return self.down[slot.expert]
+        gate, up = self.gate_up[slot.expert].chunk(2)
+        return gate if slot.role is Role.GATE else up
+
+    def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
+        if expert is None:
+            return products.linear(x, self.qkv if roles == QKV else self.o)
+        return products.linear(x, (self.gate_up if roles == GATE_UP else self.down)[expert])
+
+
+class PackedLayer(Block):
+    """A layer each of whose matrices is what its file holds, where a product can take that."""
+
+    def __init__(self, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(reader.config, index, device, dtype)
+        self.matrices: dict[Slot, Matrix] = {}
+        vectors = {Role.ATTENTION_NORM: self.attention_norm, Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router}
+        for slot in layer_slots(index, reader.config.num_experts):
+            if slot.role in vectors:
+                copy(vectors[slot.role], reader, slot)
+            else:
+                self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True)
+
+    def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
+        return self.all_joined([x], roles, [expert])[0]
+
+    def all_joined(self, xs: Sequence[Tensor], roles: tuple[Role, ...], experts: Sequence[int | None]) -> list[Tensor]:
+        """`joined` of each x and expert; products of few rows go together."""
+        found = products.linear_all(
+            [(x, self.matrices[Slot(role, self.index, expert)]) for x, expert in zip(xs, experts, strict=True)
+             for role in roles]
+        )  # fmt: skip
+        return [torch.cat(found[start : start + len(roles)], -1) for start in range(0, len(found), len(roles))]
+
+    def experts(self, x: Tensor, observer: Observer | None = None) -> Tensor:
+        """As Block.experts; those of one token go together."""
+        if observer or len(x) > 1:
+            return super().experts(x, observer)
+        weights, chosen = self.route(x)
+        numbers: list[int] = chosen[0].tolist()
+        inner = [
+            F.silu(gate) * up
+            for gate, up in (both.chunk(2, dim=-1) for both in self.all_joined([x] * len(numbers), GATE_UP, numbers))
+        ]
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for y, share in zip(self.all_joined(inner, DOWN, numbers), weights[0], strict=True):
+            out += y * share
+        return out.to(x.dtype)
 
 
 def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -200,17 +267,14 @@ def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tup
 class Head:
     """Final norm and output matrix: hidden states -> logits, always fp32."""
 
-    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config = config
-        self.norm = torch.empty(config.shape(Role.NORM), device=device, dtype=dtype)  # [D]
-        self.matrix = host.empty(config.shape(Role.HEAD), device, dtype)  # [V, D]
+    def __init__(self, config: MixtralConfig, norm: Tensor, matrix: Matrix) -> None:
+        self.config, self.norm, self.matrix = config, norm, matrix  # [D], [V, D]
 
     @classmethod
-    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype) -> Head:
-        part = cls(reader.config, device, dtype)
-        copy(part.norm, reader, Slot(Role.NORM))
-        copy(part.matrix, reader, Slot(Role.HEAD))
-        return part
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Head:
+        norm = torch.empty(reader.config.shape(Role.NORM), device=device, dtype=dtype)
+        copy(norm, reader, Slot(Role.NORM))
+        return cls(reader.config, norm, matrix(reader, Slot(Role.HEAD), device, dtype, packed=packed))
 
     def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
         """[.., D] -> [.., V] fp32. The result is the only large thing made; see `chunks` for more rows than fit."""
@@ -252,16 +316,16 @@ class Cache:
 class Mixtral:
     """All parts in memory, on one device. See stream.py for a model larger than memory."""
 
-    def __init__(self, embedding: Embedding, layers: list[Layer], head: Head) -> None:
+    def __init__(self, embedding: Embedding, layers: Sequence[Block], head: Head) -> None:
         self.config, self.embedding, self.layers, self.head = head.config, embedding, layers, head
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.table.device
+        return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.table.dtype
+        return self.embedding.dtype
 
     @classmethod
     def load(
@@ -270,20 +334,27 @@ class Mixtral:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         *,
+        packed: bool = True,
         max_memory: int | None = None,
         progress: Progress | None = None,
     ) -> Mixtral:
-        """Read a model tensor by tensor: the peak is the model in `dtype` and one stored tensor.
+        """Read a model tensor by tensor: the peak is the model in memory and one stored tensor.
 
-        Raises MemoryBudgetError, before anything is read, if that is more than `max_memory` bytes; TensorError for a
-        tensor whose shape contradicts the configuration.
+        With `packed`, on a CPU, the matrices of a GGUF stay in their blocks where kernels multiply those (blocks.py);
+        all others, and all that is computed, are of `dtype`. Raises MemoryBudgetError, before anything is read, if that
+        is more than `max_memory` bytes; TensorError for a tensor whose shape contradicts the configuration.
         """
-        budget.check(reader, dtype.itemsize, max_memory)
         where = torch.device(device)
-        watched = _Watched(reader, progress) if progress else reader
-        embedding = Embedding.load(watched, where, dtype)
-        layers = [Layer.load(watched, index, where, dtype) for index in range(reader.config.num_layers)]
-        head = Head.load(watched, where, dtype)
+        packed = packed and where.type == "cpu" and any(blocks.type_of(reader, slot) for slot in reader.slots())
+        budget.check(reader, dtype.itemsize, max_memory, packed=packed)
+        watched = _watched(reader, progress, dtype.itemsize, packed) if progress else reader
+        indices = range(reader.config.num_layers)
+        embedding = Embedding.load(watched, where, dtype, packed=packed)
+        layers: list[Block] = [
+            PackedLayer(watched, index, where, dtype) if packed else Layer.load(watched, index, where, dtype)
+            for index in indices
+        ]
+        head = Head.load(watched, where, dtype, packed=packed)
         if progress:
             progress.finish()
         return cls(embedding, layers, head)
@@ -313,14 +384,33 @@ class Mixtral:
 
 
 class _Watched:
-    """A reader that tells what was read of it."""
+    """A reader that tells what was read of it: the bytes that it takes in memory."""
 
-    def __init__(self, reader: Reader, progress: Progress) -> None:
+    def __init__(self, reader: Reader, progress: Progress, itemsize: int, packed: bool) -> None:
         self.config, self.slots, self.spec = reader.config, reader.slots, reader.spec
-        self._read, self._progress = reader.read, progress
-        progress.start("loading", sum(budget.stored_bytes(reader, slot) for slot in reader.slots()))
+        self._reader, self._progress, self._how = reader, progress, (itemsize, packed)
+        progress.start("loading", budget.held_bytes(reader, reader.slots(), *self._how))
 
     def read(self, slot: Slot) -> Tensor:
-        tensor = self._read(slot)
-        self._progress.advance(tensor.nbytes)
-        return tensor
+        return self._told(slot, self._reader.read(slot))
+
+    def _told(self, slot: Slot, found: Found) -> Found:
+        self._progress.advance(budget.held_bytes(self._reader, [slot], *self._how))
+        return found
+
+
+class _WatchedStore(_Watched):
+    """One that gives matrices as they are stored, too."""
+
+    def __init__(self, reader: blocks.Storing, progress: Progress, itemsize: int, packed: bool) -> None:
+        super().__init__(reader, progress, itemsize, packed)
+        self.format, self._packed = reader.format, reader.packed
+
+    def packed(self, slot: Slot) -> Packed:
+        return self._told(slot, self._packed(slot))
+
+
+def _watched(reader: Reader, progress: Progress, itemsize: int, packed: bool) -> Reader:
+    if isinstance(reader, blocks.Storing):
+        return _WatchedStore(reader, progress, itemsize, packed)
+    return _Watched(reader, progress, itemsize, packed)

@@ -8,15 +8,17 @@ the same place. Which is taken depends on the machine and on the number of rows 
 
 from __future__ import annotations
 
-import functools
 import math
-import platform
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import host
+from . import blocks, host
+from .blocks import Blocks
+
+Matrix = Tensor | Blocks  # of a product: a tensor, or what a file holds
 
 # Measured on an AMD EPYC with AVX2, one expert of 8x7B: torch's own bf16 product does 10 GFLOP/s whatever the rows,
 # a widened one 22 from 8 rows and 80 from 512. With so few rows as this, widening costs more than it saves.
@@ -26,35 +28,21 @@ BLOCK_ROWS = 512  # and no more rows than that: with more, a product of few rows
 _STEP = 64  # a block has a multiple of so many rows, unless the matrix ends
 
 
-@functools.cache
-def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies `dtype` by instructions of its own, and torch uses them.
-
-    AVX-512 BF16 or AMX for bf16, AVX-512 FP16 or AMX FP16 for fp16. True for anything but x86, where nothing was
-    measured, and for a torch too old to tell: torch's own way is right everywhere.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    if tell is None or platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    can = tell()
-    wanted = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
-    return any(can.get(name, False) for name in wanted)
-
-
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether x [.., in] times `weight` goes the widened way, told from device, dtype and rows."""
-    if weight.device.type != "cpu" or native(weight.dtype):
+    if weight.device.type != "cpu" or host.native(weight.dtype):
         return False
     return math.prod(x.shape[:-1]) > FEW_ROWS
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [.., in] times weight [out, in], both of one dtype -> [.., out] of that dtype, rounded once from fp32 sums.
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [.., in] times weight [out, in] -> [.., out] of x's dtype, rounded once from fp32 sums.
 
-    Beside the result it takes at most `token_bytes` for each row of x, and `block_bytes`.
+    A weight that is a tensor has x's dtype; beside the result such a product takes at most `token_bytes` for each row
+    of x, and `block_bytes`.
     """
+    if isinstance(weight, Blocks):
+        return weight.product(x).to(x.dtype)
     if not widens(x, weight):
         return F.linear(x, weight)
     out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype)
@@ -62,15 +50,29 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [.., in] times weight [out, in], both of one dtype -> [.., out] fp32: the sums as they are.
+def linear_all(pairs: Sequence[tuple[Tensor, Matrix]]) -> list[Tensor]:
+    """`linear` of each x and weight, all x of one dtype; those of matrices in blocks go together."""
+    packed = [(x, weight) for x, weight in pairs if isinstance(weight, Blocks)]
+    found = iter(blocks.products(packed) if packed else ())
+    return [next(found).to(x.dtype) if isinstance(weight, Blocks) else linear(x, weight) for x, weight in pairs]
+
+
+def rows(indices: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows [..] of weight [out, in], which has that dtype if it is a tensor -> [.., in]."""
+    return weight.rows(indices, dtype) if isinstance(weight, Blocks) else F.embedding(indices, weight)
+
+
+def linear_fp32(x: Tensor, weight: Matrix) -> Tensor:
+    """x [.., in] times weight [out, in] -> [.., out] fp32: the sums as they are.
 
     Memory as `linear`. On any device and machine: 16-bit weights are widened a block at a time.
     """
+    if isinstance(weight, Blocks):
+        return weight.product(x)
     if weight.dtype == torch.float32:
         return F.linear(x, weight)
     out = host.empty((*x.shape[:-1], len(weight)), x.device, torch.float32)
-    if native(weight.dtype):
+    if host.native(weight.dtype):
         with host.bf16_products(weight):
             _widened(x, weight, out)
     else:

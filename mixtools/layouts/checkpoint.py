@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import MixtralConfig
 from ..errors import LayoutError, MixtoolsError, TensorError
-from ..formats import SUFFIXES, ByRows, Format, Ggml, Part, Plain, Quantized, Stored, detect
+from ..formats import SUFFIXES, ByRows, Format, Ggml, Packed, Part, Plain, Quantized, Stored, detect
 from ..names import Role, Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import CHUNK, Bits, Entry, Store, from_tensor, to_tensor
@@ -152,6 +152,17 @@ class Checkpoint:
         """See Reader.read."""
         spec = self.spec(slot)
         return to_tensor(self.bits(slot), spec.dtype).reshape(spec.shape)
+
+    def packed(self, slot: Slot) -> Packed:
+        """The matrix as it is stored, its rows in canonical order. Raises LayoutError where it lies transposed."""
+        format, (name, _, start, stop, op) = self.format(slot), self.piece(slot)
+        if op is Op.TRANSPOSE or (op is Op.ROTARY and not isinstance(format, ByRows)):
+            raise LayoutError(f"is stored {op.value}; only its values can be read", file=self.place, tensor=name)
+        if not isinstance(format, ByRows):
+            return Packed(format, tuple(self._tensor(entry) for entry in self.parts(slot)))
+        entry = self.store.entries[name]
+        bits = to_canonical(op, self.store.read_rows(name, start, stop), self.config.head_dim)
+        return Packed(format, (to_tensor(bits, entry.dtype if entry.dtype.block == 1 else DType.U8),))
 
     def finish(self, earlier: Iterable[Slot] = ()) -> None:
         """Judge the checksums that need bytes which no slot covered, or which an earlier run read.

@@ -24,7 +24,7 @@ from ..storage.dtypes import DType
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-ABI_VERSION = 2  # of kernels/cpu.cpp; raised there and here with every change to a signature
+ABI_VERSION = 3  # of kernels/cpu.cpp; raised there and here with every change to a signature
 LIBRARY = "_kernels.so"
 ISA_VARIABLE = "MIXTOOLS_ISA"
 _LINE = 64  # bytes; results that start at a line are written past the caches
@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, tuple[type[Any], list[type[Any]]]] = {
         [_pointer, _int64, _int, _int64, _int64, _pointer, _int, _pointer, _int64, _int],
     ),
     "mixtools_decode": (_int, [_pointer, _int64, _pointer, _int64, _int64, _int64, _int, _int, _int64, _int]),
+    "mixtools_multiply": (_int, [_pointer, _int64, _int, _int64, _int]),
     "mixtools_round_block": (
         _int,
         [_int64, _int64, *_lines * 6, _pointer, *_lines, _pointer, _pointer, _int, _int, _int64, _int],

@@ -6,12 +6,14 @@ tested against, and what a reader may take as its definition.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import MixtoolsError
 from ..storage.dtypes import WEIGHT_DTYPES, DType
-from . import cpu
+from ..storage.store import to_tensor
+from . import cpu, decode, multiply
 
 _WEIGHTS = {dtype.torch(): dtype for dtype in WEIGHT_DTYPES}
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows these, but not bfloat16
@@ -66,6 +68,46 @@ def _(values: Tensor, threads: int = 1) -> Tensor:
     return values.new_empty((), dtype=torch.int64)
 
 
+def multiply_blocks_reference(x: Tensor, blocks: Tensor, type: str) -> Tensor:
+    """x [tokens, in] fp32 times the values of `blocks` [out, bytes of a row], transposed, in fp64 until the end."""
+    values = torch.from_numpy(decode.decode(blocks.numpy(), DType[type], DType.F32).view(np.float32))
+    return (x.double() @ values.double().T).float()
+
+
+@torch.library.custom_op("mixtools::multiply_blocks", mutates_args=(), device_types="cpu")
+def multiply_blocks(x: Tensor, blocks: Tensor, type: str, threads: int = 1) -> Tensor:
+    """`x` [tokens, in], fp32 or bf16, times ggml's `blocks` uint8 [out, bytes of a row], transposed -> [tokens, out].
+
+    Raises MixtoolsError for what does not fit.
+    """
+    dense = (one if one.stride(1) == 1 else one.contiguous() for one in (x.detach().float(), blocks))
+    rows, matrix = (one.numpy() for one in dense)
+    narrow = x.dtype == torch.bfloat16
+    return torch.from_numpy(multiply.multiply(rows, matrix, DType[type], narrow=narrow, threads=threads))
+
+
+@multiply_blocks.register_fake
+def _(x: Tensor, blocks: Tensor, type: str, threads: int = 1) -> Tensor:
+    return x.new_empty((len(x), len(blocks)), dtype=torch.float32)
+
+
+@torch.library.custom_op("mixtools::decode_blocks", mutates_args=(), device_types="cpu")
+def decode_blocks(blocks: Tensor, type: str, dtype: torch.dtype, threads: int = 1) -> Tensor:
+    """ggml's `blocks` uint8 [rows, bytes of a row] of `type` -> their values [rows, columns], rounded once to `dtype`.
+
+    bfloat16, float16 or float32. Raises MixtoolsError for what is no such thing.
+    """
+    to = _known(dtype)
+    rows = blocks if blocks.stride(1) == 1 else blocks.contiguous()
+    return to_tensor(decode.decode(rows.numpy(), DType[type], to, threads=threads), to)
+
+
+@decode_blocks.register_fake
+def _(blocks: Tensor, type: str, dtype: torch.dtype, threads: int = 1) -> Tensor:
+    kind = DType[type]
+    return blocks.new_empty((len(blocks), blocks.shape[1] // kind.row_bytes(kind.block) * kind.block), dtype=dtype)
+
+
 def _check_matrix(weight: Tensor) -> None:
     if weight.ndim != 2 or weight.is_complex() or weight.is_quantized:
         raise MixtoolsError(f"transpose takes a real matrix, not {weight.dtype} {list(weight.shape)}")
@@ -76,3 +118,9 @@ def _check_weights(values: Tensor) -> DType:
         names = ", ".join(str(dtype) for dtype in _WEIGHTS)
         raise MixtoolsError(f"NaN and infinity are sought in {names}, not {values.dtype}")
     return _WEIGHTS[values.dtype]
+
+
+def _known(dtype: torch.dtype) -> DType:
+    if dtype not in _WEIGHTS:
+        raise MixtoolsError(f"blocks are decoded to {', '.join(map(str, _WEIGHTS))}, not to {dtype}")
+    return _WEIGHTS[dtype]

@@ -317,8 +317,8 @@ def test_a_histogram_of_one_value_has_one_bar_in_its_middle(value):
     [("dense", 1.002, 0.002), ("Q8_0", 1.002, 0.002), ("Q6_K", 1.005, 0.006), ("int8", 1.005, 0.006),
      ("Q5_K_M", 1.01, 0.012), ("Q4_K_M", 1.03, 0.035), ("gptq", 1.03, 0.035), ("awq", 1.03, 0.035),
      ("nf4", 1.04, 0.045), ("IQ4_XS", 1.04, 0.045), ("Q3_K_L", 1.07, 0.09), ("Q3_K_M", 1.08, 0.1),
-     ("Q3_K_S", 1.12, 0.15), ("gptq-3bit", 1.12, 0.15), ("IQ3_XXS", 1.15, 0.2), ("Q2_K", 1.35, 0.35), ("Q2_K_S", 1.6, 0.6),
-     ("IQ2_XXS", 1.6, 0.6)],
+     ("Q3_K_S", 1.12, 0.15), ("gptq-3bit", 1.12, 0.15), ("IQ3_XXS", 1.15, 0.2), ("Q2_K", 1.35, 0.35),
+     ("Q2_K_S", 1.6, 0.6), ("IQ2_XXS", 1.6, 0.6)],
 )  # fmt: skip
 def test_default_limits_are_those_around_what_llama_cpp_publishes(kind, ratio, kld):
     limits = gates.DEFAULTS[kind]

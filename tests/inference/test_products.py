@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from streaming import allocated
 
-from mixtools.inference import products
+from mixtools.inference import host, products
 
 HALVES = [torch.bfloat16, torch.float16]
 # rows of x; out and in of the weight: one block, blocks and a rest, a rest of one row, longer than a block is wide
@@ -17,12 +17,12 @@ CASES = [(5, 300, 256), (33, 1100, 700), (7, 513, 64), (6, 200, 70_000), (12, 1,
 @pytest.fixture
 def widened(monkeypatch):
     """As on a machine without instructions for 16 bits."""
-    monkeypatch.setattr(products, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(host, "native", lambda dtype: dtype == torch.float32)
 
 
 @pytest.fixture
 def native(monkeypatch):
-    monkeypatch.setattr(products, "native", lambda dtype: True)
+    monkeypatch.setattr(host, "native", lambda dtype: True)
 
 
 def case(rows: int, out: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,18 +100,18 @@ def test_the_way_depends_on_dtype_and_rows_alone(widened):
     ],
 )
 def test_native_is_what_the_processor_says(monkeypatch, can, bf16, fp16):
-    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
-    told = [products.native.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    told = [host.native.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     assert told == [bf16, fp16, True]
 
 
 def test_other_processors_and_old_torches_keep_torchs_own_way(monkeypatch):
-    monkeypatch.setattr(products.platform, "machine", lambda: "aarch64")
-    assert products.native.__wrapped__(torch.bfloat16)
-    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(host.platform, "machine", lambda: "aarch64")
+    assert host.native.__wrapped__(torch.bfloat16)
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert products.native.__wrapped__(torch.bfloat16)
+    assert host.native.__wrapped__(torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", CASES)

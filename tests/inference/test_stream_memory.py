@@ -12,7 +12,7 @@ from mixtral_oracle import SHAPES, read_nano
 from streaming import allocated, least_memory, some_ids
 
 from mixtools.errors import TensorError
-from mixtools.inference import budget, host, products
+from mixtools.inference import budget, host
 from mixtools.inference.attention import span
 from mixtools.inference.model import Layer, Mixtral
 from mixtools.inference.stream import Arriving, Stream
@@ -155,7 +155,7 @@ def test_another_stream_inherits_what_fits_it():
 def test_what_is_held_is_in_the_plan(dtype, native, share, tmp_path, monkeypatch):
     """Two runs, the second longer, from the least memory that works to more than enough, on either kind of machine."""
     monkeypatch.setattr(host, "empty", lambda shape, device, kind: torch.empty(shape, device=device, dtype=kind))
-    monkeypatch.setattr(products, "native", lambda kind: native or kind == torch.float32)
+    monkeypatch.setattr(host, "native", lambda kind: native or kind == torch.float32)
     tensors = {slot: read_nano().read(slot) for slot in read_nano().slots()}
     for layer in range(2):
         tensors[Slot(Role.ROUTER, layer)].zero_()
@@ -193,7 +193,7 @@ def test_what_no_longer_fits_is_given_back_before_the_next_text_comes_in():
 @pytest.mark.parametrize("native", [True, False])
 def test_a_pass_takes_what_the_plan_counts_for_its_tokens(native, monkeypatch):
     """Experts as wide as Mixtral's are, and every token to the same two: what widening takes shows."""
-    monkeypatch.setattr(products, "native", lambda kind: native or kind == torch.float32)
+    monkeypatch.setattr(host, "native", lambda kind: native or kind == torch.float32)
     config = replace(SHAPES["mqa"], intermediate_size=2048)
     reader = random_reader(config, seed=1, dtype=torch.bfloat16)
     needs = budget.Needs.of(reader, torch.device("cpu"), torch.bfloat16, longest=64)

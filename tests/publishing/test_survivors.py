@@ -182,7 +182,8 @@ TITLE = "Add model-00001-of-00004.safetensors and 3 more"
     ("asked", "continued"),
     [
         ((TITLE, "me", "draft"), True), ((TITLE, "me", "open"), True), ((TITLE, "me", "closed"), False),
-        ((TITLE, "me", "merged"), False), ((TITLE, "somebody", "draft"), False), (("Add another", "me", "draft"), False),
+        ((TITLE, "me", "merged"), False), ((TITLE, "somebody", "draft"), False),
+        (("Add another", "me", "draft"), False),
     ],
 )  # fmt: skip
 def test_which_pull_request_is_continued(tmp_path: Path, hub: Hub, asked: tuple[str, ...], continued: bool) -> None:
