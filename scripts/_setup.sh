@@ -5,6 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
 STAMP=$VENV/mixtools-installed
+TRITON=$ROOT/.venv-triton
 
 die() {
     printf '%s\n' "$*" >&2
@@ -69,4 +70,23 @@ install() {
     "${pip[@]}" torch || die "could not install torch"
     echo "installing mixtools${1:+[$1]}"
     "${pip[@]}" -e "$ROOT${1:+[$1]}" || die "could not install mixtools; the lines above say why"
+}
+
+# Puts Triton into a folder of its own, once: only what names the folder in PYTHONPATH sees it, and torch's build for
+# CPUs, which has no use for it, does not. After `setup`.
+setup_triton() {
+    local stamp=$TRITON/mixtools-installed now version
+    version=$(sed -n 's/^triton==//p' "$ROOT/scripts/constraints.txt")
+    now="triton $version $("$PYTHON" -c 'import sys; print(sys.version)')" || exit 1
+    mkdir -p "$TRITON"
+    exec 8>"$TRITON.lock"
+    if command -v flock >/dev/null; then flock 8; fi
+    if [[ $(cat "$stamp" 2>/dev/null) != "$now" ]]; then
+        echo "installing triton $version"
+        rm -rf "$TRITON"
+        "$PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --no-deps --target "$TRITON" \
+            "triton==$version" || die "could not install triton"
+        printf '%s' "$now" >"$stamp"
+    fi
+    exec 8>&-
 }

@@ -1,0 +1,192 @@
+"""How large a launch of a kernel is, and what it is compiled for: told from shapes alone, so that it can be compiled
+ahead of time for a GPU that is not there (tests/gpu, scripts/bench/gpu_compiled.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MixtoolsError
+from .planes import Planes
+
+Arguments = dict[str, Tensor | int | float]
+MOST_TOKENS = 8
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+# Rows that a program takes, by the number of tokens: x is loaded once for all of them, and each has four sums or eight
+# a thread and token.
+_ROUTED_COLUMNS, _ROUTING_WARPS = 512, 4
+CHUNK = 256  # columns of a cache that one program of `attend` takes
+_COLUMNS_TOGETHER, _ATTENDING_WARPS = 16, 4
+_ROWS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel must know of planes when it is compiled. `together`: units of a row that are taken at a time."""
+
+    kind: str
+    columns: int
+    unit: int
+    wide: int
+    together: int
+    matrix_rows: int
+    group: int
+    zero: int
+    has_zeros: bool
+    nested: bool
+
+    @property
+    def units(self) -> int:
+        return -(-self.columns // self.unit)
+
+    @property
+    def ragged(self) -> bool:
+        """A row ends inside a unit, as only dense ones may."""
+        return self.columns % self.unit != 0
+
+    @property
+    def stride(self) -> int:
+        """Items of the first plane from row to row."""
+        return self.columns if self.ragged else self.units * self.wide
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all that it is started with. `module`: the file here that has it."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: Arguments
+    constants: dict[str, Any]
+    module: str = "gemv"
+    warps: int = 1  # no thread waits for another
+
+    @property
+    def function(self) -> Any:
+        """Raises MixtoolsError where there is no Triton."""
+        return getattr(kernels(self.module), self.kernel)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. Products and sums are rounded each by itself, but where the text asks for both at once."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+    def run(self) -> None:
+        """Raises MixtoolsError where there is no Triton."""
+        device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.function[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+def gemv(x: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
+    """out [T, rows] of x [T, in]; T at most MOST_TOKENS."""
+    tokens, rows = len(x), _rows(len(x), planes.rows)
+    arguments: Arguments = {"x": x, "out": out, "rows": planes.rows, **_planes(planes)}
+    constants = {"ROWS": rows, "TOKENS": tokens, "PLAN": plan(planes, lanes)}
+    return Launch("gemv", (-(-planes.rows // rows),), arguments, constants)
+
+
+def gate_up(x: Tensor, experts: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
+    """out [T, K, F] of x [T, D] and experts [T, K]."""
+    tokens, choices, inner = out.shape
+    rows = _rows(1, 2 * inner)
+    arguments: Arguments = {"x": x, "experts": experts, "out": out, "inner": inner, **_planes(planes)}
+    constants = {"CHOICES": choices, "ROWS": rows, "PLAN": plan(planes, lanes)}
+    return Launch("gate_up", (tokens * choices, -(-inner // (rows // 2))), arguments, constants)
+
+
+def down(x: Tensor, experts: Tensor, weights: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
+    """out [T, D] of x [T, K, F], experts and weights [T, K]."""
+    tokens, rows = out.shape
+    arguments: Arguments = {"x": x, "experts": experts, "weights": weights, "out": out, "rows": rows, **_planes(planes)}
+    at_once = _rows(1, rows)
+    constants = {"CHOICES": experts.shape[1], "ROWS": at_once, "PLAN": plan(planes, lanes)}
+    return Launch("down", (tokens, -(-rows // at_once)), arguments, constants)
+
+
+def unpack(planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
+    """out [rows, in], in any dtype."""
+    told = plan(planes, lanes)
+    arguments: Arguments = {"out": out, "rows": planes.rows, **_planes(planes)}
+    rows = _rows(1, planes.rows)
+    grid = (-(-planes.rows // rows), -(-told.units // told.together))
+    return Launch("unpack", grid, arguments, {"ROWS": rows, "PLAN": told})
+
+
+def route(
+    x: Tensor, norm: Tensor, router: Tensor, eps: float, normed: Tensor, weights: Tensor, experts: Tensor
+) -> Launch:
+    """normed [T, D], weights and experts [T, K] of x [T, D], norm [D] and router [E, D]."""
+    count, columns = router.shape
+    choices = weights.shape[1]
+    arguments: Arguments = {
+        "x": x, "norm": norm, "router": router, "normed": normed, "weights": weights, "experts": experts, "eps": eps,
+    }  # fmt: skip
+    constants = {
+        "COLUMNS": columns, "EXPERTS": count, "PADDED": _power(count), "CHOICES": choices, "MANY": _power(choices),
+        "TOGETHER": _ROUTED_COLUMNS,
+    }  # fmt: skip
+    return Launch("route", (len(x),), arguments, constants, "routing", _ROUTING_WARPS)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, length: int, out: Tensor) -> tuple[Launch, Launch]:
+    """out [B, H, T, hd] of q and the first `length` columns of keys and values [B, G, capacity, hd]: two launches."""
+    batch, heads, tokens, size = q.shape
+    groups, capacity = keys.shape[1:3]
+    chunks = -(-length // CHUNK)
+    largest, totals = q.new_empty((2, batch, heads, tokens, chunks), dtype=torch.float32)
+    mixtures = q.new_empty((batch, heads, tokens, chunks, size), dtype=torch.float32)
+    parts: Arguments = {"largest": largest, "totals": totals, "mixtures": mixtures, "chunks": chunks}
+    arguments: Arguments = {"q": q, "keys": keys, "values": values, "length": length, "capacity": capacity,
+                            "scale": size**-0.5}  # fmt: skip
+    constants = {
+        "HEADS": heads, "GROUPS": groups, "QUERIES": _power(heads // groups), "TOKENS": tokens, "SIZE": size,
+        "CHUNK": CHUNK, "TOGETHER": _COLUMNS_TOGETHER,
+    }  # fmt: skip
+    grid = (batch * groups, tokens, chunks)
+    first = Launch("attend", grid, {**arguments, **parts}, constants, "attend", _ATTENDING_WARPS)
+    rows = (batch * heads * tokens,)
+    return first, Launch("combine", rows, {**parts, "out": out}, {"SIZE": size}, "attend")
+
+
+def _power(least: int) -> int:
+    """The first power of two from there on."""
+    return 1 << (least - 1).bit_length()
+
+
+def plan(planes: Planes, lanes: int) -> Plan:
+    kind = planes.kind
+    wide = 16 // planes.parts[0].itemsize
+    return Plan(kind.name, planes.columns, planes.unit, wide, lanes, planes.matrix_rows, kind.group, kind.zero,
+                kind.has_zeros, kind.nested)  # fmt: skip
+
+
+def _rows(tokens: int, most: int) -> int:
+    """Of a program: a power of two, and no more than there are."""
+    rows = _ROWS[tokens]
+    while rows > most:
+        rows //= 2
+    return rows
+
+
+def _planes(planes: Planes) -> Arguments:
+    """Five at most; what a kind lacks is not looked at."""
+    return {f"p{index}": planes.parts[min(index, len(planes.parts) - 1)] for index in range(5)}
+
+
+@cache
+def kernels(module: str = "gemv") -> ModuleType:
+    """Raises MixtoolsError where there is no Triton."""
+    try:
+        return importlib.import_module(f"{__package__}.{module}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise MixtoolsError(f"GPU kernels need Triton, which is not installed ({error}): pip install triton") from None
