@@ -3,8 +3,8 @@
     few rows of x ─► each row of blocks decoded in registers and multiplied with all of them (ops/multiply.py)
     many          ─► a run of rows decoded into scratch that stays in the cache, then torch's own product
 
-Values are ggml's in fp32 where few rows go. In a product of many they are rounded once to bf16 where x is of it and the
-machine multiplies that by itself.
+Values are ggml's in fp32 where few rows go. In a product of many, whose result is rounded to bf16, they are rounded
+once to it, too, where the machine multiplies that by itself.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Blocks:
         """Rows [..] of the matrix -> [.., in], rounded once."""
         return self._dense(self.data[indices.flatten()], dtype).view(*indices.shape, -1)
 
-    def decoded(self, x: Tensor) -> Tensor:
-        """The same for x [n, in], by way of dense rows."""
-        kind = x.dtype if x.dtype == torch.bfloat16 and host.native(x.dtype) else torch.float32
+    def decoded(self, x: Tensor, rounded: bool) -> Tensor:
+        """The same for x [n, in], by way of dense rows; with `rounded` the sums may have been rounded to x's dtype."""
+        narrow = rounded and x.dtype == torch.bfloat16 and host.native(x.dtype)
+        kind = x.dtype if narrow else torch.float32
         wide, out = x.to(kind), host.empty((len(x), len(self.data)), x.device, torch.float32)
         step = max(1, RUN // x.shape[1])
         for start in range(0, len(self.data), step):
@@ -62,8 +63,10 @@ class Blocks:
         return to_tensor(decode.decode(data.numpy(), self.type, to, threads=torch.get_num_threads()), to)
 
 
-def products(pairs: Sequence[tuple[Tensor, Blocks]]) -> list[Tensor]:
-    """`Blocks.product` of each, all x of one dtype. Those of few rows go together."""
+def products(pairs: Sequence[tuple[Tensor, Blocks]], *, rounded: bool = False) -> list[Tensor]:
+    """`Blocks.product` of each, all x of one dtype; with `rounded` its caller rounds it to that. Those of few rows go
+    together.
+    """
     few = [len(x.flatten(0, -2)) <= FEW_ROWS for x, _ in pairs]
     arrays = [
         multiply.Product(x.flatten(0, -2).float().contiguous().numpy(), weight.data.numpy(), weight.type)
@@ -72,7 +75,7 @@ def products(pairs: Sequence[tuple[Tensor, Blocks]]) -> list[Tensor]:
     narrow = pairs[0][0].dtype == torch.bfloat16
     found = iter(multiply.multiply_all(arrays, narrow=narrow, threads=torch.get_num_threads()))
     outs = (
-        torch.from_numpy(next(found)) if is_few else weight.decoded(x.flatten(0, -2))
+        torch.from_numpy(next(found)) if is_few else weight.decoded(x.flatten(0, -2), rounded)
         for (x, weight), is_few in zip(pairs, few, strict=True)
     )
     return [out.view(*x.shape[:-1], -1) for (x, _), out in zip(pairs, outs, strict=True)]

@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     of x, and `block_bytes`.
     """
     if isinstance(weight, Blocks):
-        return weight.product(x).to(x.dtype)
+        return linear_all([(x, weight)])[0]
     if not widens(x, weight):
         return F.linear(x, weight)
     out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype)
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 def linear_all(pairs: Sequence[tuple[Tensor, Matrix]]) -> list[Tensor]:
     """`linear` of each x and weight, all x of one dtype; those of matrices in blocks go together."""
     packed = [(x, weight) for x, weight in pairs if isinstance(weight, Blocks)]
-    found = iter(blocks.products(packed) if packed else ())
+    found = iter(blocks.products(packed, rounded=True) if packed else ())
     return [next(found).to(x.dtype) if isinstance(weight, Blocks) else linear(x, weight) for x, weight in pairs]
 
 

@@ -88,6 +88,16 @@ def test_many_rows_go_through_runs_of_decoded_rows(opened, narrow, monkeypatch):
     assert (expected - truth).square().mean() < 1.2 * (theirs - truth).square().mean()
 
 
+def test_logits_of_many_rows_are_not_rounded_to_16_bits(opened):
+    """As products of bf16 are: near 20 their steps are 1/8, and the likeliest token would be a matter of ties."""
+    head = Mixtral.load(opened("Q6_K"), dtype=torch.bfloat16).head
+    x = torch.randn(2 * FEW_ROWS, 256).bfloat16()
+    logits = head(x)
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).float().mean() > 0.9
+    alone = torch.cat([head(row) for row in x.split(1)])
+    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
 @pytest.mark.parametrize("pieces", [[1] * 19, [7, 12], [18, 1]])
 def test_pieces_through_the_cache_equal_the_whole(opened, pieces):
     model = Mixtral.load(opened("Q4_K_M"), dtype=torch.float32)
