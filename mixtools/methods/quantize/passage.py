@@ -23,6 +23,7 @@ from ...formats import Packed
 from ...inference.states import States
 from ...inference.stream import Arriving, Stream
 from ...layouts.checkpoint import Checkpoint
+from ...machine import give_back_memory
 from ...names import Slot, layer_slots
 from ...ops import cpu
 from ...storage import disk
@@ -136,7 +137,7 @@ class Passage:
         return self.output.work / f"states.{layer}"
 
     def _keep(self, states: States) -> None:
-        """Write the states and note them; those before are dropped."""
+        """Write the states and note them; those before are dropped, and what their layer left in memory."""
         path, crc = self._file(states.layer), 0
         with disk.DiskErrors(self.output.folder):
             with path.open("wb") as file:
@@ -151,6 +152,7 @@ class Passage:
             self.output.note(_NOTE, {"layer": states.layer, "crc32": crc})
             if before is not None and before["layer"] != states.layer:
                 self._file(before["layer"]).unlink(missing_ok=True)
+        give_back_memory()
 
     def _restored(self, index: int) -> States | None:
         """What an earlier run reached; None where there is nothing whole, or only what is past the layer."""

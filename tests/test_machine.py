@@ -1,0 +1,29 @@
+"""What the machine is asked for, and given back."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+FRAGMENTS = """
+import numpy as np
+from mixtools import machine
+
+def resident():
+    return int(machine._fields("/proc/self/status")["RssAnon"].split()[0])
+
+pieces = [np.ones(1 << 13) for _ in range(2000)]  # 64 kB each, from the heap
+del pieces[:-1]  # the last lies above all others: the heap cannot shrink
+before = resident()
+machine.give_back_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="GNU's C library alone keeps it")
+def test_what_was_freed_in_pieces_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80_000  # of 128,000 kB
