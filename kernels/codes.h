@@ -1,22 +1,30 @@
 // 32 codes at a time, each a signed byte, on each instruction set: cut out of packed bits, scaled, and stored or
 // multiplied.
 //
-// The classes have the same functions, which give the same bytes: sums run in 32 lanes, each by itself, and are
-// added up as a tree in the end. Those with vectors take regular blocks only: none of
-// their values is NaN, or a denormal, which the hardware's own bf16 takes for zero.
+// The classes have the same functions, which give the same bytes: sums run in 32 lanes, each by itself, and are added
+// up as a tree in the end. Those with vectors take regular blocks only: none of their values is NaN, or a denormal,
+// which the hardware's own bf16 takes for zero.
 #pragma once
 
-#include "blocks.h"
+#include "grouped.h"
 
 namespace mixtools::blocks {
 
-// A code q becomes q * scale, q * scale + offset or q * scale - offset.
-enum class Offset { NONE, PLUS, MINUS };
+// A code q becomes q * scale, q * scale + offset, q * scale - offset, q * scale * offset or NF4_LEVELS[q] * scale.
+// EXACT is MINUS of numbers that give exact products and differences, so that it may be one operation.
+enum class Offset { NONE, PLUS, MINUS, EXACT, TIMES, LEVEL };
+
+// How far right the bits of the codes of 16 columns, the nth of 8 runs of them, lie in words (grouped.h).
+constexpr int shift_of(int run) { return run % 4 * 8 + run / 4 * 4; }
 
 struct PlainCodes {
     static constexpr bool IRREGULAR = true;
     struct Codes {
         int8_t at[32];
+    };
+    struct Nibbles {  // the codes of 32 columns, the groupth of 4, in words
+        const uint8_t* words;
+        int group;
     };
     using Factor = float;  // a scale or an offset; with vectors, once for each value of a vector
     struct Factors {       // of the first 16 codes and of the last
@@ -27,6 +35,11 @@ struct PlainCodes {
         Codes codes;
         std::memcpy(codes.at, from, 32);
         return codes;
+    }
+    static MIXTOOLS_INLINE const uint8_t* words(const uint8_t* from) { return from; }
+    static MIXTOOLS_INLINE int code(const Codes& codes, int i) { return codes.at[i]; }
+    static MIXTOOLS_INLINE int code(Nibbles codes, int i) {
+        return word_at(codes.words + i % 16 * 4) >> shift_of(2 * codes.group + i / 16) & 15;
     }
     // The low four bits of 16 bytes, then the high ones.
     static MIXTOOLS_INLINE Codes halves(const uint8_t* from) {
@@ -70,14 +83,17 @@ struct PlainCodes {
         for (int i = 0; i < 8; i++) out[i] = first * static_cast<int8_t>(bytes.first >> 8 * i & 255);
         for (int i = 0; i < 8; i++) out[8 + i] = last * static_cast<int8_t>(bytes.last >> 8 * i & 255);
     }
-    template <int TO, Offset OFFSET>
-    static MIXTOOLS_INLINE void put(Codes codes, const Factors& by, uint8_t* out, bool) {
+    template <int TO, Offset OFFSET, typename Source>
+    static MIXTOOLS_INLINE void put(const Source& codes, const Factors& by, uint8_t* out, bool) {
         float values[32];
         for (int i = 0; i < 32; i++) {
-            const float product = by.scale[i / 16] * codes.at[i];
-            if constexpr (OFFSET == Offset::NONE) values[i] = one_nan(product);
+            const int bits = code(codes, i);
+            const float product = by.scale[i / 16] * (OFFSET == Offset::LEVEL ? NF4_LEVELS[bits] : bits);
+            if constexpr (OFFSET == Offset::NONE || OFFSET == Offset::LEVEL) values[i] = one_nan(product);
+            if constexpr (OFFSET == Offset::TIMES) values[i] = one_nan(product * by.offset[i / 16]);
             if constexpr (OFFSET == Offset::PLUS) values[i] = one_nan(product + by.offset[i / 16]);
-            if constexpr (OFFSET == Offset::MINUS) values[i] = one_nan(product - by.offset[i / 16]);
+            if constexpr (OFFSET == Offset::MINUS || OFFSET == Offset::EXACT)
+                values[i] = one_nan(product - by.offset[i / 16]);
         }
         if constexpr (TO == F32) {
             std::memcpy(out, values, sizeof(values));
@@ -94,8 +110,9 @@ struct PlainCodes {
     };
     static MIXTOOLS_INLINE Sums no_sums() { return Sums{}; }
     // sums[t] += value * x of token t, in each place, with one rounding.
-    template <Offset OFFSET, int TOKENS>
-    static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride, Sums* sums) {
+    template <Offset OFFSET, int TOKENS, typename Source>
+    static MIXTOOLS_INLINE void dot(const Source& codes, const Factors& by, const float* x, int64_t x_stride,
+                                    Sums* sums) {
         float values[32];
         put<F32, OFFSET>(codes, by, reinterpret_cast<uint8_t*>(values), false);
         for (int token = 0; token < TOKENS; token++)
@@ -115,11 +132,14 @@ struct Avx2Codes {
     static constexpr bool IRREGULAR = false;
     static constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     using Codes = __m256i;
+    struct Words { __m256i first, last; };
+    struct Nibbles { Words words; int group; };
     using Factor = __m256;
     struct Factors {
         Factor scale[2], offset[2];
     };
 
+    TARGET_AVX2 static MIXTOOLS_INLINE Words words(const uint8_t* from) { return {load(from), load(from + 32)}; }
     TARGET_AVX2 static MIXTOOLS_INLINE Codes load(const uint8_t* from) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
@@ -158,13 +178,35 @@ struct Avx2Codes {
         _mm256_store_ps(out, scaled<Offset::NONE>(low, first, first));
         _mm256_store_ps(out + 8, scaled<Offset::NONE>(high, last, last));
     }
+    // Eight of 32 codes; of those of levels the low four bits count.
+    template <Offset> TARGET_AVX2 static MIXTOOLS_INLINE __m256i wide(Codes codes, int eight) {
+        const __m128i sixteen = eight / 2 ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+        return _mm256_cvtepi8_epi32(eight % 2 ? _mm_srli_si128(sixteen, 8) : sixteen);
+    }
+    template <Offset OFFSET> TARGET_AVX2 static MIXTOOLS_INLINE __m256i wide(const Nibbles& codes, int eight) {
+        const __m256i words = eight % 2 ? codes.words.last : codes.words.first;
+        const __m256i moved = _mm256_srli_epi32(words, shift_of(2 * codes.group + eight / 2));
+        return OFFSET == Offset::LEVEL ? moved : _mm256_and_si256(moved, _mm256_set1_epi32(15));
+    }
     // Of the first 8 of the 16 codes there.
     template <Offset OFFSET>
     TARGET_AVX2 static MIXTOOLS_INLINE __m256 scaled(__m128i codes, Factor scale, Factor offset) {
-        const __m256 product = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)));
+        return scaled<OFFSET>(_mm256_cvtepi8_epi32(codes), scale, offset);
+    }
+    template <Offset OFFSET>
+    TARGET_AVX2 static MIXTOOLS_INLINE __m256 scaled(__m256i codes, Factor scale, Factor offset) {
+        if constexpr (OFFSET == Offset::LEVEL) return _mm256_mul_ps(scale, levels(codes));
+        if constexpr (OFFSET == Offset::EXACT) return _mm256_fmsub_ps(scale, _mm256_cvtepi32_ps(codes), offset);
+        const __m256 product = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(codes));
+        if constexpr (OFFSET == Offset::TIMES) return _mm256_mul_ps(product, offset);
         if constexpr (OFFSET == Offset::PLUS) return _mm256_add_ps(product, offset);
         if constexpr (OFFSET == Offset::MINUS) return _mm256_sub_ps(product, offset);
         return product;
+    }
+    TARGET_AVX2 static MIXTOOLS_INLINE __m256 levels(__m256i codes) {
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4_LEVELS), codes);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4_LEVELS + 8), codes);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
     }
     // to_bf16, in 32 bits each.
     TARGET_AVX2 static MIXTOOLS_INLINE __m256i rounded(__m256 values) {
@@ -179,12 +221,12 @@ struct Avx2Codes {
         else
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), value);
     }
-    template <int TO, Offset OFFSET>
-    TARGET_AVX2 static MIXTOOLS_INLINE void put(Codes codes, const Factors& by, uint8_t* out, bool stream) {
+    template <int TO, Offset OFFSET, typename Source>
+    TARGET_AVX2 static MIXTOOLS_INLINE void put(const Source& codes, const Factors& by, uint8_t* out, bool stream) {
+        MIXTOOLS_UNROLL
         for (int half = 0; half < 2; half++) {
-            const __m128i sixteen = half ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
-            const __m256 a = scaled<OFFSET>(sixteen, by.scale[half], by.offset[half]);
-            const __m256 b = scaled<OFFSET>(_mm_srli_si128(sixteen, 8), by.scale[half], by.offset[half]);
+            const __m256 a = scaled<OFFSET>(wide<OFFSET>(codes, 2 * half), by.scale[half], by.offset[half]);
+            const __m256 b = scaled<OFFSET>(wide<OFFSET>(codes, 2 * half + 1), by.scale[half], by.offset[half]);
             if constexpr (TO == F32) {
                 store(out + half * 64, _mm256_castps_si256(a), stream);
                 store(out + half * 64 + 32, _mm256_castps_si256(b), stream);
@@ -206,14 +248,12 @@ struct Avx2Codes {
         const __m256 zero = _mm256_setzero_ps();
         return {{zero, zero, zero, zero}};
     }
-    template <Offset OFFSET, int TOKENS>
-    TARGET_AVX2 static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride,
-                                                Sums* sums) {
+    template <Offset OFFSET, int TOKENS, typename Source>
+    TARGET_AVX2 static MIXTOOLS_INLINE void dot(const Source& codes, const Factors& by, const float* x,
+                                                int64_t x_stride, Sums* sums) {
         MIXTOOLS_UNROLL
         for (int eight = 0; eight < 4; eight++) {
-            const __m128i sixteen = eight / 2 ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
-            const __m128i first = eight % 2 ? _mm_srli_si128(sixteen, 8) : sixteen;
-            const __m256 values = scaled<OFFSET>(first, by.scale[eight / 2], by.offset[eight / 2]);
+            const __m256 values = scaled<OFFSET>(wide<OFFSET>(codes, eight), by.scale[eight / 2], by.offset[eight / 2]);
             MIXTOOLS_UNROLL
             for (int token = 0; token < TOKENS; token++) {
                 const __m256 factors = _mm256_loadu_ps(x + token * x_stride + eight * 8);
@@ -233,11 +273,17 @@ struct Avx2Codes {
 };
 
 struct Avx512Codes : Avx2Codes {
+    using Words = __m512i;
+    struct Nibbles {
+        Words words;
+        int group;
+    };
     using Factor = __m512;
     struct Factors {
         Factor scale[2], offset[2];
     };
 
+    TARGET_AVX512 static MIXTOOLS_INLINE Words words(const uint8_t* from) { return _mm512_loadu_si512(from); }
     TARGET_AVX512 static MIXTOOLS_INLINE Codes sixteens(uint32_t bits) {
         return _mm512_castsi512_si256(_mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16)));
     }
@@ -250,9 +296,25 @@ struct Avx512Codes : Avx2Codes {
         const __m512 factors = _mm512_mask_blend_ps(0xff00, first, last);
         _mm512_store_ps(out, scaled<Offset::NONE>(sixteen, factors, factors));
     }
+    // 16 of 32 codes; of those of levels the low four bits count.
+    template <Offset> TARGET_AVX512 static MIXTOOLS_INLINE __m512i wide(Codes codes, int half) {
+        return _mm512_cvtepi8_epi32(half ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes));
+    }
+    template <Offset OFFSET> TARGET_AVX512 static MIXTOOLS_INLINE __m512i wide(const Nibbles& codes, int half) {
+        const __m512i moved = _mm512_srli_epi32(codes.words, shift_of(2 * codes.group + half));
+        return OFFSET == Offset::LEVEL ? moved : _mm512_and_si512(moved, _mm512_set1_epi32(15));
+    }
     template <Offset OFFSET>
     TARGET_AVX512 static MIXTOOLS_INLINE __m512 scaled(__m128i codes, Factor scale, Factor offset) {
-        const __m512 product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+        return scaled<OFFSET>(_mm512_cvtepi8_epi32(codes), scale, offset);
+    }
+    template <Offset OFFSET>
+    TARGET_AVX512 static MIXTOOLS_INLINE __m512 scaled(__m512i codes, Factor scale, Factor offset) {
+        if constexpr (OFFSET == Offset::LEVEL)
+            return _mm512_mul_ps(scale, _mm512_permutexvar_ps(codes, _mm512_load_ps(NF4_LEVELS)));
+        if constexpr (OFFSET == Offset::EXACT) return _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(codes), offset);
+        const __m512 product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(codes));
+        if constexpr (OFFSET == Offset::TIMES) return _mm512_mul_ps(product, offset);
         if constexpr (OFFSET == Offset::PLUS) return _mm512_add_ps(product, offset);
         if constexpr (OFFSET == Offset::MINUS) return _mm512_sub_ps(product, offset);
         return product;
@@ -277,10 +339,10 @@ struct Avx512Codes : Avx2Codes {
         else
             _mm512_storeu_si512(out, value);
     }
-    template <int TO, Offset OFFSET>
-    TARGET_AVX512 static MIXTOOLS_INLINE void put(Codes codes, const Factors& by, uint8_t* out, bool stream) {
-        const __m512 a = scaled<OFFSET>(_mm256_castsi256_si128(codes), by.scale[0], by.offset[0]);
-        const __m512 b = scaled<OFFSET>(_mm256_extracti128_si256(codes, 1), by.scale[1], by.offset[1]);
+    template <int TO, Offset OFFSET, typename Source>
+    TARGET_AVX512 static MIXTOOLS_INLINE void put(const Source& codes, const Factors& by, uint8_t* out, bool stream) {
+        const __m512 a = scaled<OFFSET>(wide<OFFSET>(codes, 0), by.scale[0], by.offset[0]);
+        const __m512 b = scaled<OFFSET>(wide<OFFSET>(codes, 1), by.scale[1], by.offset[1]);
         if constexpr (TO == F32) {
             store(out, _mm512_castps_si512(a), stream);
             store(out + 64, _mm512_castps_si512(b), stream);
@@ -296,11 +358,11 @@ struct Avx512Codes : Avx2Codes {
         __m512 at[2];
     };
     TARGET_AVX512 static MIXTOOLS_INLINE Sums no_sums() { return {{_mm512_setzero_ps(), _mm512_setzero_ps()}}; }
-    template <Offset OFFSET, int TOKENS>
-    TARGET_AVX512 static MIXTOOLS_INLINE void dot(Codes codes, const Factors& by, const float* x, int64_t x_stride,
-                                                  Sums* sums) {
-        const __m512 a = scaled<OFFSET>(_mm256_castsi256_si128(codes), by.scale[0], by.offset[0]);
-        const __m512 b = scaled<OFFSET>(_mm256_extracti128_si256(codes, 1), by.scale[1], by.offset[1]);
+    template <Offset OFFSET, int TOKENS, typename Source>
+    TARGET_AVX512 static MIXTOOLS_INLINE void dot(const Source& codes, const Factors& by, const float* x,
+                                                  int64_t x_stride, Sums* sums) {
+        const __m512 a = scaled<OFFSET>(wide<OFFSET>(codes, 0), by.scale[0], by.offset[0]);
+        const __m512 b = scaled<OFFSET>(wide<OFFSET>(codes, 1), by.scale[1], by.offset[1]);
         MIXTOOLS_UNROLL
         for (int token = 0; token < TOKENS; token++) {
             const float* at = x + token * x_stride;
@@ -317,11 +379,12 @@ struct Avx512Codes : Avx2Codes {
 
 #if MIXTOOLS_AVX512_BF16
 struct Avx512Bf16Codes : Avx512Codes {
-    template <int TO, Offset OFFSET>
-    TARGET_AVX512_BF16 static MIXTOOLS_INLINE void put(Codes codes, const Factors& by, uint8_t* out, bool stream) {
+    template <int TO, Offset OFFSET, typename Source>
+    TARGET_AVX512_BF16 static MIXTOOLS_INLINE void put(const Source& codes, const Factors& by, uint8_t* out,
+                                                       bool stream) {
         if constexpr (TO == BF16) {
-            const __m512 a = scaled<OFFSET>(_mm256_castsi256_si128(codes), by.scale[0], by.offset[0]);
-            const __m512 b = scaled<OFFSET>(_mm256_extracti128_si256(codes, 1), by.scale[1], by.offset[1]);
+            const __m512 a = scaled<OFFSET>(wide<OFFSET>(codes, 0), by.scale[0], by.offset[0]);
+            const __m512 b = scaled<OFFSET>(wide<OFFSET>(codes, 1), by.scale[1], by.offset[1]);
             store(out, (__m512i)_mm512_cvtne2ps_pbh(b, a), stream);
         } else {
             Avx512Codes::put<TO, OFFSET>(codes, by, out, stream);

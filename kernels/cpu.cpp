@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "encode.h"
 #include "feedback.h"
+#include "multiply.h"
 #include "nonfinite.h"
 #include "transpose.h"
 
@@ -73,7 +74,7 @@ MIXTOOLS_EXPORT int64_t mixtools_first_nonfinite(const uint8_t* data, int64_t co
 }
 
 // dst [rows, values of row_blocks blocks] = src [rows, row_blocks] decoded and rounded to the type `to`. Rows lie
-// src_stride and dst_stride bytes apart; the types are ggml's numbers (blocks.h).
+// src_stride and dst_stride bytes apart; the types are ggml's numbers (blocks.h), and those of our own (grouped.h).
 MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint8_t* dst, int64_t dst_stride,
                                     int64_t rows, int64_t row_blocks, int type, int to, int64_t threads, int isa) {
     const blocks::Decoder decoder = blocks::decoder(type, to, isa);
@@ -82,7 +83,7 @@ MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint
     return 0;
 }
 
-// Each of `count` products (decode.h), all sums in fp32. `narrow`: all values of each x are bf16's own, for which some
+// Each of `count` products (multiply.h), all sums in fp32. `narrow`: all values of each x are bf16's own, for which some
 // machines have a faster way.
 MIXTOOLS_EXPORT int mixtools_multiply(const blocks::Product* products, int64_t count, int narrow, int64_t threads,
                                       int isa) {

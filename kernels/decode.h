@@ -1,12 +1,9 @@
-// Rows of blocks decoded or multiplied, on threads: decoders.inc for each instruction set, and the one way to run over a matrix.
+// Rows of blocks decoded, on threads: decoders.inc for each instruction set, and the one way to run over a matrix.
 #pragma once
 
 #include <algorithm>
 
-#include <memory>
-
 #include "codes.h"
-#include "narrow.h"
 #include "threads.h"
 
 namespace mixtools::blocks {
@@ -79,18 +76,6 @@ inline Decoder decoder(int type, int to, int isa) {
     return {};
 }
 
-inline Multiplier multiplier(int type, int isa) {
-    switch (isa) {
-        case PLAIN: return plain::multiplier(type);
-#if MIXTOOLS_X86
-        case AVX2: return avx2::multiplier(type);
-        case AVX512:
-        case AVX512_BF16: return avx512::multiplier(type);
-#endif
-    }
-    return {};
-}
-
 constexpr int64_t DECODE_BYTES = 128 << 10;  // of the result, that a thread writes at a time
 // From here on, stores that bypass the caches spare reading each line of the result before it is overwritten.
 constexpr int64_t DECODE_STREAM_BYTES = 1 << 20;
@@ -110,118 +95,6 @@ inline void decode_rows(const Decoder& decoder, const uint8_t* src, int64_t src_
                         dst + row * dst_stride + first * decoder.out_bytes, count, stream);
         }
     });
-}
-
-#if MIXTOOLS_AVX512_BF16
-// The same for x of bf16: `x` prepared, strides in 256 values.
-struct NarrowMultiplier {
-    using Run = void (*)(const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t count, const narrow::X* x,
-                         int64_t x_stride, float* out, int64_t out_stride);
-    Run one = nullptr, together = nullptr;
-    int64_t block_bytes = 0;
-    narrow::Order order{};
-};
-
-template <typename Block> NarrowMultiplier narrow_multiplier_of() {
-    return {narrow::multiply<Block, 1>, narrow::multiply<Block, TOGETHER>, sizeof(Block),
-            narrow::Type<Block>::ORDER};
-}
-
-inline NarrowMultiplier narrow_multiplier(int type, int isa) {
-    if (isa != AVX512_BF16) return {};
-    switch (type) {
-        case Q2_K::TYPE: return narrow_multiplier_of<Q2_K>();
-        case Q3_K::TYPE: return narrow_multiplier_of<Q3_K>();
-        case Q4_K::TYPE: return narrow_multiplier_of<Q4_K>();
-        case Q5_K::TYPE: return narrow_multiplier_of<Q5_K>();
-        case Q6_K::TYPE: return narrow_multiplier_of<Q6_K>();
-    }
-    return {};
-}
-#endif
-
-// out [tokens, rows] = x [tokens, blocks * VALUES] times the values of src [rows, blocks] of `type`, transposed. Rows of
-// src lie src_stride bytes apart, those of x and of out so many values. The layout is part of the ABI: 8 bytes each.
-struct Product {
-    const uint8_t* src;
-    int64_t src_stride, rows, blocks, type;
-    const float* x;
-    int64_t x_stride, tokens;
-    float* out;
-    int64_t out_stride;
-};
-static_assert(sizeof(Product) == 10 * 8);
-
-constexpr int64_t MULTIPLY_BYTES = 64 << 10;  // of blocks, that a thread takes at a time
-
-// A product as threads take it: pieces of its rows.
-class Pieces {
-  public:
-    int64_t count = 0;
-
-    // `prepare`: x is of bf16, and may be laid out for the machine's products of that. False for an unknown type.
-    bool set(const Product& of, bool prepare, int isa) {
-        product = of;
-        wide = multiplier(static_cast<int>(of.type), isa);
-        if (!wide.one) return false;
-        step = std::max<int64_t>(1, MULTIPLY_BYTES / std::max<int64_t>(1, of.blocks * wide.block_bytes));
-        count = (of.rows + step - 1) / step;
-#if MIXTOOLS_AVX512_BF16
-        narrow = prepare ? narrow_multiplier(static_cast<int>(of.type), isa) : NarrowMultiplier{};
-        if (narrow.one) {
-            prepared.reset(new narrow::X[of.tokens * of.blocks]);
-            for (int64_t token = 0; token < of.tokens; token++)
-                narrow::prepare(of.x + token * of.x_stride, of.blocks, narrow.order, &prepared[token * of.blocks]);
-        }
-#else
-        (void)prepare;
-#endif
-        return true;
-    }
-
-    void run(int64_t piece) const {
-        const int64_t first = piece * step, rows = std::min(product.rows - first, step);
-#if MIXTOOLS_AVX512_BF16
-        if (narrow.one) return run(narrow, prepared.get(), product.blocks, first, rows);
-#endif
-        run(wide, product.x, product.x_stride, first, rows);
-    }
-
-  private:
-    template <typename Multiplier, typename Value>
-    void run(const Multiplier& by, const Value* x, int64_t x_stride, int64_t first, int64_t rows) const {
-        for (int64_t token = 0, count; token < product.tokens; token += count) {
-            count = product.tokens - token < TOGETHER ? 1 : TOGETHER;
-            const auto multiply = count == 1 ? by.one : by.together;
-            multiply(product.src + first * product.src_stride, product.src_stride, rows, product.blocks,
-                     x + token * x_stride, x_stride, product.out + token * product.out_stride + first,
-                     product.out_stride);
-        }
-    }
-
-    Product product{};
-    Multiplier wide;
-    int64_t step = 1;
-#if MIXTOOLS_AVX512_BF16
-    NarrowMultiplier narrow;
-    std::unique_ptr<narrow::X[]> prepared;
-#endif
-};
-
-// All of them as one loop over threads: a product of one x takes a millisecond, and to wake a thread a tenth of that.
-inline bool multiply_all(const Product* products, int64_t count, bool narrow, int64_t threads, int isa) {
-    const std::unique_ptr<Pieces[]> pieces(new Pieces[count]);
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; i++) {
-        if (!pieces[i].set(products[i], narrow, isa)) return false;
-        total += pieces[i].count;
-    }
-    parallel_for(total, threads, [&](int64_t piece) {
-        int64_t i = 0;
-        for (; piece >= pieces[i].count; i++) piece -= pieces[i].count;
-        pieces[i].run(piece);
-    });
-    return true;
 }
 
 }  // namespace mixtools::blocks

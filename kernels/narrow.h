@@ -30,10 +30,19 @@ struct X {
 struct Order {
     int apart, scaled, less;
 };
+constexpr int WORDS = 0;  // as `apart`: 64 values side by side, in words of 16 columns (grouped.h)
 
 // The first group of each 64 values.
 inline int first_group(int sixty_four, int apart) {
     return apart == 4 ? sixty_four : sixty_four / 2 * 4 + sixty_four % 2;
+}
+
+// Which of 256 values lies there.
+inline int column_of(int at, int apart) {
+    const int half = at / 32 % 2, lane = at / 8 % 4;  // of 64 values: first or last 8, of which 16
+    if (apart == WORDS) return at / 64 * 64 + at % 4 * 16 + 4 * lane + 2 * half + at / 4 % 2;
+    const int group = first_group(at / 64, apart) + lane / 2 * apart;
+    return 32 * group + 16 * (lane % 2) + 8 * half + at % 8;
 }
 
 inline void prepare(const float* x, int64_t blocks, Order order, X* out) {
@@ -45,11 +54,7 @@ inline void prepare(const float* x, int64_t blocks, Order order, X* out) {
             out->sums[group] = static_cast<float>(order.less) * sum;
             out->sums[groups + group] = sum;
         }
-        for (int at = 0; at < 256; at++) {
-            const int half = at / 32 % 2, lane = at / 8 % 4;  // of 64 values: first or last 8, of which 16
-            const int group = first_group(at / 64, order.apart) + lane / 2 * order.apart;
-            out->values[at] = to_bf16(x[32 * group + 16 * (lane % 2) + 8 * half + at % 8]);
-        }
+        for (int at = 0; at < 256; at++) out->values[at] = to_bf16(x[column_of(at, order.apart)]);
     }
 }
 
@@ -84,10 +89,13 @@ TARGET_AVX512_BF16 static MIXTOOLS_INLINE void less(__m512 factors, const X* x, 
 }
 
 // A scale for each group of 32, or of each 16 values, in the lanes of their codes.
-TARGET_AVX512 static MIXTOOLS_INLINE __m512 by_32(__m512 scales, int sixty_four) {
-    const int first = first_group(sixty_four, 2);
-    return _mm512_permutexvar_ps(_mm512_mask_mov_epi32(_mm512_set1_epi32(first), 0xff00, _mm512_set1_epi32(first + 2)),
-                                 scales);
+TARGET_AVX512 static MIXTOOLS_INLINE __m512 by_32(__m512 scales, int sixty_four, int apart = 2) {
+    if (apart == WORDS) {
+        const __m512i two = _mm512_set1_epi64(static_cast<int64_t>(2 * sixty_four + 1) << 32 | 2 * sixty_four);
+        return _mm512_permutexvar_ps(two, scales);
+    }
+    const __m512i first = _mm512_set1_epi32(first_group(sixty_four, apart));
+    return _mm512_permutexvar_ps(_mm512_mask_add_epi32(first, 0xff00, first, _mm512_set1_epi32(apart)), scales);
 }
 TARGET_AVX512 static MIXTOOLS_INLINE __m512 by_16(__m512 scales, int sixty_four) {
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9);
@@ -203,6 +211,44 @@ template <> struct Type<Q6_K> {
             const __m512i low = masked(shifted(load_two(from, from + 64), i / 2 * 4), 15);
             add<TOKENS>(i, joined(low, shifted(high, 2 * i - 4), 48), by_16(scales, i), x, stride, sums);
         }
+    }
+};
+
+// Four words of 3 bytes, each in the high bytes of 32 bits.
+TARGET_AVX512 static MIXTOOLS_INLINE __m128i four_words(const uint8_t* at) {
+    const __m128i spread = _mm_setr_epi8(-1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11);
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), spread);
+}
+
+// Of a block's words the scales of each 32 values, 8 of them, then the same times their zeros.
+template <int GROUPS> TARGET_AVX512 static MIXTOOLS_INLINE __m512 scales_and_offsets(const uint8_t* words) {
+    const __m128i low = four_words(words), high = GROUPS > 4 ? four_words(words + 12) : low;
+    const __m512i all = _mm512_castsi256_si512(_mm256_set_m128i(high, low));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    constexpr int SHARE = GROUPS == 8 ? 0 : GROUPS == 4 ? 1 : GROUPS == 2 ? 2 : 3;  // log2 of the lanes of a group
+    const __m512i each = _mm512_permutexvar_epi32(_mm512_srli_epi32(lane, SHARE), all);
+    const __m512 scales = _mm512_castsi512_ps(_mm512_and_si512(each, _mm512_set1_epi32(static_cast<int>(SCALE_BITS))));
+    const __m512i zeros = _mm512_and_si512(_mm512_srli_epi32(each, 8), _mm512_set1_epi32(31));
+    return _mm512_mask_mul_ps(scales, 0xff00, scales, _mm512_cvtepi32_ps(zeros));
+}
+
+template <int BITS, int GROUPS> struct Type<Grouped<BITS, GROUPS>> {
+    static constexpr Order ORDER{BITS == 4 ? WORDS : 4, 32, BIAS};
+    TARGET_AVX512_BF16 static MIXTOOLS_INLINE __m512i codes(const Grouped<BITS, GROUPS>& block, int i) {
+        if constexpr (BITS == 4) return masked(shifted(_mm512_loadu_si512(block.qs + i / 2 * 64), i % 2 * 4), 15);
+        const __m512i low = masked(shifted(_mm512_loadu_si512(block.qs), 2 * i), 3);
+        const __m256i bits = Set::load(block.qs + 64);
+        const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(bits), _mm256_srli_epi16(bits, 4), 1);
+        return joined(low, shifted(high, i - 2), 4);
+    }
+    template <int TOKENS>
+    TARGET_AVX512_BF16 static MIXTOOLS_INLINE void take(const Grouped<BITS, GROUPS>& block, const X* x, int64_t stride,
+                                                        Sum* sums) {
+        const __m512 scales = scales_and_offsets<GROUPS>(block.words);
+        less<TOKENS>(scales, x, stride, 0, sums);
+        MIXTOOLS_UNROLL
+        for (int i = 0; i < 4; i++)
+            add<TOKENS>(i, codes(block, i), by_32(scales, i, ORDER.apart), x, stride, sums);
     }
 };
 

@@ -82,11 +82,15 @@ class Awq:
         return Packed(self, parts)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        return groups.values(self.grid(parts), self.dtype)
+
+    def grid(self, parts: Sequence[Tensor]) -> groups.Grid:
+        """Codes, scales and zeros as `encode` takes them."""
         import torch
 
         qweight, qzeros, scales = parts
         zeros = torch.from_numpy(unpack_awq(qzeros.numpy().view("u4")))
-        return groups.values(unpack_awq(qweight.numpy().view("u4")), scales.T, zeros, self.group, self.dtype)
+        return groups.Grid(unpack_awq(qweight.numpy().view("u4")), scales.T, zeros, self.group)
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         """The words turned, their codes, and a run in fp32."""

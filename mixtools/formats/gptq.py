@@ -100,6 +100,10 @@ class Gptq:
         groups.expect_zeros(zeros, 0 if self.v2 else 1, (1 << self.bits) - 1, version)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Raises as `grid`."""
+        return groups.values(self.grid(parts), self.dtype)
+
+    def grid(self, parts: Sequence[Tensor]) -> groups.Grid:
         """Raises TensorError for a g_idx that names groups which are not there, or for zeros of another version.
 
         There are files with the zeros of gptq_v2 that say "gptq" (https://github.com/vllm-project/vllm/pull/38966):
@@ -120,7 +124,7 @@ class Gptq:
         group: int | Tensor = self.group
         if self.indexed and not torch.equal(parts[3], self._sequence(columns)):
             group = groups.expect_index(parts[3], count)
-        return groups.values(codes, scales.T, zeros, group, self.dtype)
+        return groups.Grid(codes, scales.T, zeros, group)
 
     def _sequence(self, columns: int) -> Tensor:
         import torch

@@ -6,7 +6,7 @@ it, rounded once: the same bits whoever computes it, and those that the formats'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 WHOLE_ROW = -1  # as a group's length
 _RUN = 1 << 18  # values at once: their fp32 stays in a core's cache
 DECODING = 16 * _RUN  # bytes that `values` takes beside its arguments and its result, matrices of very long rows apart
+
+
+class Grid(NamedTuple):
+    """The matrix [out, in] of codes [out, in], scales and zeros [out, groups].
+
+    `group`: its length; or the group of each column [in], where they do not follow one another.
+    """
+
+    codes: Codes
+    scales: Tensor
+    zeros: Tensor
+    group: int | Tensor
 
 
 def count(columns: int, group: int) -> int:
@@ -57,13 +69,11 @@ def expect_multiple(what: str, size: int, of: int) -> None:
         raise TensorError(f"{size} {what} are no multiple of {of}, as the format needs")
 
 
-def values(codes: Codes, scales: Tensor, zeros: Tensor, group: int | Tensor, dtype: DType) -> Tensor:
-    """The matrix [out, in] of codes [out, in], scales and zeros [out, groups], in `dtype`.
-
-    `group`: its length; or the group of each column [in], where they do not follow one another.
-    """
+def values(grid: Grid, dtype: DType) -> Tensor:
+    """The matrix in `dtype`."""
     import torch
 
+    codes, scales, zeros, group = grid
     rows, columns = codes.shape
     out = torch.empty((rows, columns), dtype=dtype.torch())
     scales, zeros = scales.float(), zeros.float()

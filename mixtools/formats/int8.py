@@ -57,13 +57,17 @@ class Int8:
         parts = (codes.cpu().contiguous(), scales.cpu().contiguous())
         return Packed(self, (*parts, torch.zeros((), dtype=torch.uint8)) if self.marked else parts)
 
-    def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """bitsandbytes' int8_vectorwise_dequant, rounded once. Raises TensorError for codes in another order."""
-        import torch
-
-        codes, scales = parts[:2]
+    def codes(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """int8 [out, in] and the fp32 scales [out]. Raises TensorError for codes in another order."""
         if self.marked and int(parts[2]):
             raise TensorError("weight_format says that its rows lie in tiles of a GPU; bitsandbytes reads rows alone")
+        return parts[0], parts[1]
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """bitsandbytes' int8_vectorwise_dequant, rounded once. Raises as `codes`."""
+        import torch
+
+        codes, scales = self.codes(parts)
         rows, columns = codes.shape
         out = torch.empty((rows, columns), dtype=self.dtype.torch())
         step = max(1, _RUN // max(1, columns))

@@ -25,6 +25,7 @@ from ..errors import TensorError
 from ..storage.dtypes import DType
 from . import bnb, groups, nested
 from .base import Packed, Part, Stored
+from .bits import Codes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,11 +132,7 @@ class Nf4:
         """
         import torch
 
-        weight, absmax, state = parts[0], parts[1], parts[-1]
-        shape, offset = self._told(state, len(weight))
-        if self.double:
-            absmax = nested.decode(absmax, parts[2], parts[3], torch.tensor(offset))
-        table = levels()
+        weight, (shape, absmax), table = parts[0], self._scales(parts), levels()
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)  # [256, 2], by the byte
         flat, packed = torch.empty(2 * len(weight), dtype=self.dtype.torch()), weight.view(-1)
         for run, blocks in _runs(len(flat), self.block):
@@ -144,6 +141,28 @@ class Nf4:
                 part.mul_(scales)
             flat[run] = values
         return flat[: shape[0] * shape[1]].view(shape)
+
+    def codes(self, parts: Sequence[Tensor]) -> tuple[Codes, Tensor]:
+        """The codes [out, in], an even number, and the fp32 absmax [blocks] of the matrix. Raises as `decode`."""
+        shape, absmax = self._scales(parts)
+        packed = parts[0].numpy().reshape(-1)
+        codes = np.empty((len(packed), 2), np.uint8)
+        np.right_shift(packed, 4, out=codes[:, 0])
+        np.bitwise_and(packed, 15, out=codes[:, 1])
+        return codes.reshape(shape), absmax
+
+    def offset(self, parts: Sequence[Tensor]) -> float:
+        """What is added to twice quantized scales. Raises as `decode`."""
+        return self._told(parts[-1], len(parts[0]))[1]
+
+    def _scales(self, parts: Sequence[Tensor]) -> tuple[tuple[int, int], Tensor]:
+        """The matrix's shape and its absmax, fp32 [blocks]."""
+        import torch
+
+        shape, offset = self._told(parts[-1], len(parts[0]))
+        if not self.double:
+            return shape, parts[1]
+        return shape, nested.decode(parts[1], parts[2], parts[3], torch.tensor(offset))
 
     def _told(self, state: Tensor, packed: int) -> tuple[tuple[int, int], float]:
         """The matrix's shape and the offset of its absmax, from the JSON beside `packed` bytes."""

@@ -96,6 +96,10 @@ class PackedInts:
         return Packed(self, (*parts, torch.tensor([rows, columns])))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Raises as `grid`."""
+        return groups.values(self.grid(parts), self.dtype)
+
+    def grid(self, parts: Sequence[Tensor]) -> groups.Grid:
         """Raises TensorError where the stored shape is not that of the words, or weight_g_idx names no group."""
         import torch
 
@@ -112,7 +116,7 @@ class PackedInts:
         if self.indexed and not bool((named["weight_g_idx"] == -1).all()):  # -1 throughout: in sequence after all
             group = groups.expect_index(named["weight_g_idx"], scales.shape[1])
         codes = unpack(packed.numpy().view("u4"), self.bits, columns)
-        return groups.values(codes, scales, zeros, group, self.dtype)
+        return groups.Grid(codes, scales, zeros, group)
 
     def decode_bytes(self, shape: tuple[int, ...]) -> int:
         """The codes, and a run in fp32."""

@@ -1,10 +1,11 @@
-"""A matrix that stays as a GGUF stores it: it takes its size on disk in memory, and a product reads no more.
+"""A matrix in blocks, as a GGUF stores it or made of GPTQ's, AWQ's or bitsandbytes' parts (repacked.py): it takes about
+its size on disk in memory, and a product reads no more.
 
     few rows of x ─► each row of blocks decoded in registers and multiplied with all of them (ops/multiply.py)
     many          ─► a run of rows decoded into scratch that stays in the cache, then torch's own product
 
-Values are ggml's in fp32 where few rows go. In a product of many, whose result is rounded to bf16, they are rounded
-once to it, too, where the machine multiplies that by itself.
+Values are the format's own in fp32 where few rows go, not rounded to 16 bits before. In a product of many, whose result
+is rounded to bf16, they are rounded once to it, too, where the machine multiplies that by itself.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import LayoutError
 from ..formats import Format, Ggml, Packed
 from ..layouts.reader import Reader
 from ..names import Slot
 from ..ops import decode, multiply  # and not as torch's operations, whose first call takes a second
 from ..ops.cpu import NATIVE
+from ..ops.repack import Kind, Type
 from ..storage.dtypes import DType
 from ..storage.store import to_tensor
-from . import host
+from . import host, repacked
 
 # Measured on an AMD EPYC with AVX-512 BF16 (scripts/bench/packed.py): up to so many rows of x go through registers.
 FEW_ROWS = 16
@@ -33,10 +36,14 @@ RUN = 1 << 21  # values decoded at a time: 4 MB of bf16
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [out, in] in blocks of a type that our kernels know. `data`: uint8 [out, bytes of a row], on the CPU."""
+    """A matrix [out, in] in blocks of a type that our kernels know. `data`: uint8 [out, bytes of a row], on the CPU.
+
+    `order` [in]: which columns come one after the other in the blocks; None for all in order.
+    """
 
     data: Tensor
-    type: DType
+    type: Type
+    order: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """x [.., in] times the matrix, transposed -> [.., out] fp32: the sums as they are."""
@@ -45,10 +52,20 @@ class Blocks:
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [..] of the matrix -> [.., in], rounded once."""
-        return self._dense(self.data[indices.flatten()], dtype).view(*indices.shape, -1)
+        found = self._dense(self.data[indices.flatten()], dtype)
+        if self.order is not None:
+            found = torch.empty_like(found).index_copy_(1, self.order, found)
+        return found.view(*indices.shape, -1)
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [n, in], its columns as those of the blocks."""
+        flat = x.flatten(0, -2)
+        return flat if self.order is None else flat.index_select(1, self.order)
 
     def decoded(self, x: Tensor, rounded: bool) -> Tensor:
-        """The same for x [n, in], by way of dense rows; with `rounded` the sums may have been rounded to x's dtype."""
+        """The same for x [n, in] in the blocks' order, by way of dense rows; with `rounded` the sums may have been
+        rounded to x's dtype.
+        """
         narrow = rounded and x.dtype == torch.bfloat16 and host.native(x.dtype)
         kind = x.dtype if narrow else torch.float32
         wide, out = x.to(kind), host.empty((len(x), len(self.data)), x.device, torch.float32)
@@ -67,16 +84,17 @@ def products(pairs: Sequence[tuple[Tensor, Blocks]], *, rounded: bool = False) -
     """`Blocks.product` of each, all x of one dtype; with `rounded` its caller rounds it to that. Those of few rows go
     together.
     """
-    few = [len(x.flatten(0, -2)) <= FEW_ROWS for x, _ in pairs]
+    rows = [weight.ordered(x) for x, weight in pairs]
+    few = [len(x) <= FEW_ROWS for x in rows]
     arrays = [
-        multiply.Product(x.flatten(0, -2).float().contiguous().numpy(), weight.data.numpy(), weight.type)
-        for (x, weight), is_few in zip(pairs, few, strict=True) if is_few
+        multiply.Product(x.float().contiguous().numpy(), weight.data.numpy(), weight.type)
+        for x, (_, weight), is_few in zip(rows, pairs, few, strict=True) if is_few
     ]  # fmt: skip
     narrow = pairs[0][0].dtype == torch.bfloat16
     found = iter(multiply.multiply_all(arrays, narrow=narrow, threads=torch.get_num_threads()))
     outs = (
-        torch.from_numpy(next(found)) if is_few else weight.decoded(x.flatten(0, -2), rounded)
-        for (x, weight), is_few in zip(pairs, few, strict=True)
+        torch.from_numpy(next(found)) if is_few else weight.decoded(x, rounded)
+        for x, (_, weight), is_few in zip(rows, pairs, few, strict=True)
     )
     return [out.view(*x.shape[:-1], -1) for (x, _), out in zip(pairs, outs, strict=True)]
 
@@ -90,16 +108,25 @@ class Storing(Reader, Protocol):
     def packed(self, slot: Slot) -> Packed: ...
 
 
-def type_of(reader: object, slot: Slot) -> DType | None:
-    """Of the blocks that a product takes as they are; None where there are none."""
-    if not isinstance(reader, Storing) or not isinstance(found := reader.format(slot), Ggml):
+def type_of(reader: object, slot: Slot) -> Type | None:
+    """Of the blocks that a product takes, stored or made of what is; None where there are none."""
+    if not isinstance(reader, Storing):
         return None
-    return found.type if found.type in NATIVE else None
+    found = reader.format(slot)
+    if isinstance(found, Ggml):
+        return found.type if found.type in NATIVE else None
+    return repacked.kind_of(found, reader.spec(slot).shape)
 
 
 def read(reader: object, slot: Slot) -> Blocks | None:
-    """None where a matrix is not so stored. Raises what reading raises."""
+    """None where a matrix has no blocks, or its parts turn out not to fit them. Raises what reading raises."""
     if (type := type_of(reader, slot)) is None or not isinstance(reader, Storing):
         return None
-    (data,) = reader.packed(slot).parts
-    return Blocks(data, type)
+    try:
+        packed = reader.packed(slot)
+    except LayoutError:
+        return None
+    if not isinstance(type, Kind):
+        return Blocks(packed.parts[0], type)
+    found = repacked.blocks_of(packed)
+    return None if found is None else Blocks(found[0], type, found[1])

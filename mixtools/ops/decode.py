@@ -1,8 +1,9 @@
-"""Blocks of ggml to numbers. Free of torch: numpy arrays in and out.
+"""Blocks of ggml, and our own, to numbers. Free of torch: numpy arrays in and out.
 
 A row of blocks becomes a row of bit patterns of BF16, F16 or F32: ggml's own value in fp32, bit for bit, rounded once
-to nearest even. Our kernels (kernels/decode.h) know the types in NATIVE, on each instruction set with the same bytes;
-the others go through the numpy decoders of the gguf package, which are about a hundred times slower.
+to nearest even. Our kernels (kernels/decode.h) know the types in NATIVE and those of repack.py, on each instruction
+set with the same bytes; the others go through the numpy decoders of the gguf package, which are about a hundred times
+slower.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..errors import MixtoolsError
 from ..storage.casting import rounded
 from ..storage.dtypes import ELEMENTS, GGML, DType
 from .cpu import NATIVE, Array, aligned_empty, describe, instruction_set, kernels, positive
+from .repack import Kind, Type, number
 
 _BITS: dict[DType, np.dtype[Any]] = {
     DType.F32: np.dtype(np.uint32), DType.F16: np.dtype(np.uint16), DType.BF16: np.dtype(np.uint16),
@@ -23,7 +25,7 @@ _BITS: dict[DType, np.dtype[Any]] = {
 _RUN = 1 << 18  # values that the gguf package decodes at a time; it takes some 20 bytes for each
 
 
-def decode(blocks: Array, type: DType, to: DType, *, out: Array | None = None, threads: int = 1) -> Array:
+def decode(blocks: Array, type: Type, to: DType, *, out: Array | None = None, threads: int = 1) -> Array:
     """`blocks` uint8 [rows, bytes of a row] of block type `type` -> bit patterns [rows, cols] of `to`.
 
     BF16 and F16 come as uint16, F32 as uint32. What F16 cannot hold becomes infinity, and scales that are no numbers
@@ -48,14 +50,14 @@ def decode(blocks: Array, type: DType, to: DType, *, out: Array | None = None, t
         return out
     if blocks.strides[1] != 1 or out.strides[1] != out.itemsize:
         raise MixtoolsError(f"decoding takes dense rows, not {describe(blocks)} to {describe(out)}")
-    if type in NATIVE:
+    if isinstance(type, Kind) or type in NATIVE:
         _decode_natively(blocks, type, to, out, threads)
     else:
         _decode_by_gguf(blocks, type, to, out)
     return out
 
 
-def _columns(row_bytes: int, type: DType) -> int:
+def _columns(row_bytes: int, type: Type) -> int:
     values = type.block
     size = type.row_bytes(values)
     count, rest = divmod(row_bytes, size)
@@ -64,11 +66,11 @@ def _columns(row_bytes: int, type: DType) -> int:
     return count * values
 
 
-def _decode_natively(blocks: Array, type: DType, to: DType, out: Array, threads: int) -> None:
+def _decode_natively(blocks: Array, type: Type, to: DType, out: Array, threads: int) -> None:
     rows, cols = out.shape
     source, target = (blocks.ctypes.data, blocks.strides[0]), (out.ctypes.data, out.strides[0])
     status = kernels().mixtools_decode(
-        *source, *target, rows, cols // type.block, GGML[type], GGML[to], threads, instruction_set()
+        *source, *target, rows, cols // type.block, number(type), GGML[to], threads, instruction_set()
     )
     if status:
         raise MixtoolsError(f"the kernel that decodes blocks refused {type.value} to {to.value} (status {status})")

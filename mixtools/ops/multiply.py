@@ -1,10 +1,11 @@
-"""Vectors times matrices that stay in ggml's blocks. Free of torch: numpy arrays in and out.
+"""Vectors times matrices that stay in blocks. Free of torch: numpy arrays in and out.
 
     x [tokens, in] fp32, blocks [out, bytes of a row] ─► a row at a time, decoded in registers ─► [tokens, out] fp32
 
-Values are ggml's own, bit for bit (decode.py); products and sums are fp32, in an order that neither the instruction set
-nor the number of threads or tokens changes (kernels/decode.h). Where x is of bf16 and the machine has its dot product,
-sums of K-quants run in another order (kernels/narrow.h), that threads and tokens do not change either.
+Blocks are ggml's or our own (repack.py), and values those of their format, bit for bit (decode.py); products and sums
+are fp32, in an order that neither the instruction set nor the number of threads or tokens changes (kernels/multiply.h).
+Where x is of bf16 and the machine has its dot product, sums of K-quants and of our groups of 3 and 4 bits run in
+another order (kernels/narrow.h), that threads and tokens do not change either.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import MixtoolsError
-from ..storage.dtypes import GGML, DType
-from .cpu import NATIVE, Array, describe, instruction_set, kernels, positive
+from .cpu import Array, describe, instruction_set, kernels, positive
+from .repack import Type, native, number
 
 
 class Product(NamedTuple):
@@ -24,15 +25,15 @@ class Product(NamedTuple):
 
     x: Array
     blocks: Array
-    type: DType
+    type: Type
 
 
-def multiply(x: Array, blocks: Array, type: DType, *, narrow: bool = False, threads: int = 1) -> Array:
+def multiply(x: Array, blocks: Array, type: Type, *, narrow: bool = False, threads: int = 1) -> Array:
     """`x` float32 [tokens, in] times `blocks` uint8 [out, bytes of a row], transposed -> float32 [tokens, out].
 
-    `type` is one of NATIVE; `narrow`: all of x are values of bf16, which some machines multiply faster. Rows of both
-    may lie anywhere; the items of a row lie side by side. Raises MixtoolsError for arrays that are not so or do not fit
-    each other.
+    `type` is one of cpu.NATIVE or of repack.KINDS; `narrow`: all of x are values of bf16, which some machines multiply
+    faster. Rows of both may lie anywhere; the items of a row lie side by side. Raises MixtoolsError for arrays that are
+    not so or do not fit each other.
     """
     (out,) = multiply_all([Product(x, blocks, type)], narrow=narrow, threads=threads)
     return out
@@ -61,7 +62,7 @@ def multiply_all(products: Sequence[Product], *, narrow: bool = False, threads: 
 
 def _check(product: Product) -> None:
     x, blocks, type = product
-    if type not in NATIVE:
+    if not native(type):
         raise MixtoolsError(f"no kernel multiplies {type.value}")
     if x.ndim != 2 or x.dtype != np.float32 or blocks.ndim != 2 or blocks.dtype != np.uint8:
         raise MixtoolsError(f"float32 rows are multiplied with bytes, not {describe(x)} with {describe(blocks)}")
@@ -73,9 +74,9 @@ def _check(product: Product) -> None:
 
 
 def _row(product: Product, out: Array) -> list[int]:
-    """As kernels/decode.h has a Product."""
+    """As kernels/multiply.h has a Product."""
     x, blocks, type = product
     return [
-        blocks.ctypes.data, blocks.strides[0], len(blocks), x.shape[1] // type.block, GGML[type], x.ctypes.data,
+        blocks.ctypes.data, blocks.strides[0], len(blocks), x.shape[1] // type.block, number(type), x.ctypes.data,
         x.strides[0] // x.itemsize, len(x), out.ctypes.data, len(blocks),
     ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""Products with ggml's blocks as they lie, against the machine's memory and its own decoder; generation from a GGUF
-against llama.cpp on the same file and threads, in one run.
+"""Products with ggml's blocks as they lie, and with our own of other formats, against the machine's memory, its own
+decoder and the same matrix in bf16; generation from a GGUF against llama.cpp on the same file and threads, in one run.
 
     python scripts/bench/packed.py [MODEL.gguf ... --peer-python PYTHON] [--tokens 32]
 
@@ -23,13 +23,16 @@ import torch
 from _bench import best_seconds, write_result
 
 import mixtools
-from mixtools.inference import blocks
+from mixtools.inference import blocks, host
 from mixtools.inference.blocks import Blocks
 from mixtools.inference.generate import Options, stream
 from mixtools.inference.model import Mixtral
+from mixtools.inference.products import linear
 from mixtools.machine import peak_memory
+from mixtools.ops import repack
 from mixtools.ops.cpu import NATIVE
 from mixtools.ops.decode import decode
+from mixtools.ops.repack import Kind, Type
 from mixtools.storage.dtypes import DType
 
 GOALS = {"peer_ratio": 0.5}
@@ -38,11 +41,32 @@ OUT, IN = 14336, 4096  # w1 of 8x7B
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def products(type: DType) -> dict[str, Any]:
-    """Bytes of blocks a second, of one x and of several; and how many rows are faster decoded first."""
+def some_blocks(type: Type) -> np.ndarray:
     from ops.test_decode import random_blocks
 
-    data = torch.from_numpy(random_blocks(type, OUT, IN // type.block))
+    if isinstance(type, DType):
+        return random_blocks(type, OUT, IN // type.block)
+    # any bytes below 128 are numbers: no scale is infinite, few are too small to be usual
+    return np.random.default_rng(0).integers(1, 127, (OUT, type.row_bytes(IN)), dtype=np.uint8)
+
+
+def kinds() -> list[Kind]:
+    """Of our own blocks, those of what files usually are."""
+    usual = ((4, 128), (4, 32), (4, repack.WHOLE_ROW), (3, 128), (8, 128))
+    found = [repack.grouped(IN, bits, group) for bits, group in usual]
+    return [*(kind for kind in found if kind is not None), repack.NF4, repack.INT8_ROW]
+
+
+def widened() -> dict[int, float]:
+    """Seconds of the same products with a matrix of bf16."""
+    weight = host.empty((OUT, IN), torch.device("cpu"), torch.bfloat16).normal_()
+    xs = {rows: torch.randn(rows, IN).bfloat16() for rows in ROWS}
+    return {rows: best_seconds(lambda x=x: linear(x, weight), rounds=5) for rows, x in xs.items()}
+
+
+def products(type: Type) -> dict[str, Any]:
+    """Bytes of blocks a second, of one x and of several; and how many rows are faster decoded first."""
+    data = torch.from_numpy(some_blocks(type))
     weight, rates = Blocks(data, type), {}
     for rows in ROWS:
         x = torch.randn(rows, IN, dtype=torch.bfloat16)
@@ -120,8 +144,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    results: dict[str, Any] = {"goals": GOALS, "shape": [OUT, IN], "reading": reading(), "types": {}, "models": {}}
-    for type in sorted(NATIVE, key=lambda type: type.value):
+    results: dict[str, Any] = {
+        "goals": GOALS, "shape": [OUT, IN], "reading": reading(), "widened": widened(), "types": {}, "models": {}
+    }  # fmt: skip
+    for type in [*sorted(NATIVE, key=lambda type: type.value), *kinds()]:
         results["types"][type.value] = products(type)
         print(type.value, {n: f"{r['registers'] / 1e9:.1f}" for n, r in results["types"][type.value]["rates"].items()},
               flush=True)  # fmt: skip

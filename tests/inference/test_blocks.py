@@ -85,7 +85,9 @@ def test_many_rows_go_through_runs_of_decoded_rows(opened, narrow, monkeypatch):
         torch.testing.assert_close(model(ids(60)), expected, rtol=0, atol=4e-3 * float(expected.abs().max()))
     truth = dense(opened("Q4_K_M"), monkeypatch)(ids(60))
     theirs = dense(opened("Q4_K_M"), monkeypatch, torch.bfloat16)(ids(60))
-    assert (expected - truth).square().mean() < 1.2 * (theirs - truth).square().mean()
+    # of most tokens: one whose router chose another expert is as far off either way, and outweighs all others
+    ours, others = ((found - truth).square().mean(-1).median() for found in (expected, theirs))
+    assert ours < 1.2 * others
 
 
 def test_logits_of_many_rows_are_not_rounded_to_16_bits(opened):
