@@ -152,8 +152,9 @@ class Moments:
             self._energy[slot] = self._energy.get(slot, 0.0) + float(rows.square().sum(dtype=torch.float64))
             rows = torch.cat([F.linear(rows, part.float()) for part in torch.split(weight, _ROWS)], dim=1)
         side = rows.shape[1]
-        total = self._sums.setdefault(slot, torch.zeros(side, side, device=x.device))
-        total.addmm_(rows.T, rows)
+        if slot not in self._sums:
+            self._sums[slot] = torch.zeros(side, side, device=x.device)
+        self._sums[slot].addmm_(rows.T, rows)
 
     def forget_weights(self) -> None:
         """Once all is seen: the layer's memory is wanted elsewhere."""

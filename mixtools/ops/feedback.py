@@ -3,11 +3,13 @@
 GPTQ (https://arxiv.org/abs/2210.17323) in the form of LDLQ (https://arxiv.org/abs/2307.13304): the errors are those of
 the original weights, e = w - q, and the target of column k is w_k + sum over i < k of e_i U[i, k]. With the Hessian
 H = U D Uᵀ, U unit upper triangular, that is GPTQ's own order and its own codes. Coordinate descent is the same loop,
-started with the errors there are. The kernel is kernels/feedback.h; beside it the same in plain torch.
+started with the errors there are. The kernels are kernels/feedback.h and, for a GPU, gpu/rounding.py; beside them the
+same in plain torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ..errors import MixtoolsError
 from . import cpu
+from .gpu import round as gpu
 
 MOST_COLUMNS, MOST_LEVELS, _FARTHEST = 512, 256, 1 << 20  # of a block; of a grid; of a level from zero
 
@@ -49,8 +52,8 @@ def round_block(block: Block, levels: range | Tensor, *, threads: int = 1) -> No
 
     so that in the end targets[i] is what was rounded. `levels` are consecutive integers, as a range of at most 256
     (ties go to the even one), or an ascending table of as many float32 (ties go to the lower one; time grows with its
-    length). No product is fused with a sum: the same bits on each instruction set, with any number of threads, and, on
-    the CPU, from round_block_reference, which also does the work on other devices.
+    length). No product is fused with a sum: the same bits on each instruction set, with any number of threads, on a GPU
+    with Triton, and, on the CPU, from round_block_reference, which also does the work on other devices.
 
     A NaN or an infinity in `weights` shows in `errors`. Raises MixtoolsError for tensors that are not so, and where
     one that is changed overlaps another.
@@ -76,10 +79,10 @@ def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
     _check_shapes(block)
     _check_memory(block)
     cpu.positive(threads)
-    if targets.device.type != "cpu":
-        _round_by_torch(block, table, count, low)
-    elif targets.numel():
+    if targets.device.type == "cpu" and targets.numel():
         _round_by_kernel(block, table, count, low, threads)
+    elif targets.numel():
+        _way(targets.device)(block, table, count, low)
 
 
 @_round_block.register_fake
@@ -102,6 +105,16 @@ def _round_by_kernel(block: Block, table: Tensor | None, count: int, low: int, t
     )  # fmt: skip
     if status:
         raise MixtoolsError(f"the kernel that rounds a block refused {_describe(block.targets)} (status {status})")
+
+
+def _way(device: torch.device) -> Callable[[Block, Tensor | None, int, int], None]:
+    """How a block is rounded that is not on the CPU."""
+    return _round_on_gpu if device.type == "cuda" and gpu.usable() else _round_by_torch
+
+
+def _round_on_gpu(block: Block, table: Tensor | None, count: int, low: int) -> None:
+    levels = range(low, low + count) if table is None else (table, _limits(table))
+    gpu.round_blocks(tuple(getattr(block, field.name) for field in fields(block)), levels).run()
 
 
 def _round_by_torch(block: Block, table: Tensor | None, count: int, low: int) -> None:

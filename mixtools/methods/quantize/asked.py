@@ -9,7 +9,7 @@ from ...errors import MemoryBudgetError
 from ...inference import budget
 from ...inference.corpus import sequences
 from ...inference.hessian import gram_bytes
-from ...inference.stream import PASS_TOKENS, Stream
+from ...inference.stream import PASS_TOKENS, PASS_TOKENS_ACCELERATOR, Stream
 from ...job import WITH_TORCH
 from ...layouts.checkpoint import Checkpoint
 from ...linalg.few import LEAST_RATIO
@@ -86,7 +86,8 @@ def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None
     factors = 0 if options.rounding == "nearest" else 4 * (inner * block + 3 * block**2)
     expert = gram_bytes(inner, options.block) + factors + 8 * matrix
     run = budget.Needs.of(source, stream.device, stream.dtype, max(map(len, how.text.sequences)))
-    fixed = WITH_TORCH + layer + own + max(expert, run.token * PASS_TOKENS["cpu"] + run.aside)
+    together = PASS_TOKENS.get(stream.device.type, PASS_TOKENS_ACCELERATOR)
+    fixed = WITH_TORCH + layer + own + max(expert, run.token * together + run.aside)
     states = 2 * tokens * hidden * stream.dtype.itemsize
     if limit is not None and fixed > limit:
         raise MemoryBudgetError(

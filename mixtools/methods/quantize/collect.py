@@ -26,8 +26,10 @@ from ...names import ATTENTION, EXPERT, Role, Slot
 
 _SAME_INPUT = {Role.K: Role.Q, Role.V: Role.Q, Role.UP: Role.GATE}
 _MATRICES = (*ATTENTION, Role.ROUTER, *EXPERT)
-_ROWS = 64  # that are widened at a time: they stay in the cache
+_ROWS = 64  # that are widened at a time: they stay in the cache of a CPU
+_ROWS_ACCELERATOR = 1024  # a GPU would do nothing but start kernels
 _HEAD_ROWS = 1024
+_CPU = torch.device("cpu")
 
 Sums = dict[str, npt.NDArray[np.float32]]
 
@@ -49,7 +51,7 @@ class Squares:
             self._layer = slot.layer
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # which mps does not have
         total = self._live.setdefault(slot, torch.zeros(x.shape[1], dtype=wide, device=x.device))
-        for rows in torch.split(x, _ROWS):
+        for rows in torch.split(x, _rows(x.device)):
             total += rows.float().square().sum(0, dtype=wide)
         self.tokens[slot] = self.tokens.get(slot, 0) + len(x)
 
@@ -77,7 +79,7 @@ def collect(stream: Stream, sequences: Sequence[Tensor], *, process_output: bool
     Raises what Stream.hidden raises, and TensorError for a model that gives NaN.
     """
     config, squares = stream.config, Squares()
-    stream.reserved += reserved_bytes(config)
+    stream.reserved += reserved_bytes(config, stream.device)
     with stream.hidden(sequences, observer=squares) as states:
         if process_output:
             _before_head(stream, states, squares)
@@ -108,11 +110,15 @@ def shapes(config: MixtralConfig, process_output: bool = False) -> dict[str, tup
     return {name: (len(slots), config.shape(slots[0].role)[1]) for name, slots in entries(config, process_output)}
 
 
-def reserved_bytes(config: MixtralConfig) -> int:
+def _rows(device: torch.device) -> int:
+    return _ROWS if device.type == "cpu" else _ROWS_ACCELERATOR
+
+
+def reserved_bytes(config: MixtralConfig, device: torch.device = _CPU) -> int:
     """What is held beside the stream: all sums, those of one layer in fp64, and a few rows on their way."""
     whole = sum(4 * rows * columns for rows, columns in shapes(config, process_output=True).values())
     widest = max(config.shape(role)[1] for role in _MATRICES)
-    return 2 * whole + 2 * math.ceil(whole / config.num_layers) + _ROWS * widest * (4 + 4 + 8)
+    return 2 * whole + 2 * math.ceil(whole / config.num_layers) + _rows(device) * widest * (4 + 4 + 8)
 
 
 def token_flop(config: MixtralConfig, ctx: int) -> int:

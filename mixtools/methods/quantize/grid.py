@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,11 @@ class Grid:
     count: int = 16
     table: Tensor | None = None
     clip: float | None = None
+
+    @cached_property
+    def choices(self) -> range | Tensor:
+        """All levels as ops/feedback.py takes them; a table on the CPU, where it is looked at block by block."""
+        return range(self.low, self.low + self.count) if self.table is None else self.table.cpu()
 
     def copy(self) -> Grid:
         """One whose scales may be changed."""

@@ -245,7 +245,7 @@ def _forecast(stream: Stream, chunks: int, ctx: int, size: int) -> Forecast:
     from . import collect
 
     config = stream.config
-    stream.reserved += collect.reserved_bytes(config)
+    stream.reserved += collect.reserved_bytes(config, stream.device)
     memory = peak_memory() + stream.plan([ctx] * chunks).peak_bytes
     seconds = round(chunks * ctx * collect.token_flop(config, ctx) / product_rate(), 1)
     document = {

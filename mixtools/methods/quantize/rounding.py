@@ -45,7 +45,8 @@ def nearest(weights: Tensor, grid: Grid) -> Rounded:
 
 def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
     """With each column's error carried on to those behind it."""
-    ordered, lost = weights[found.order], 0.0
+    ordered, groups = weights[found.order], grid.groups_of(found.order).int().cpu()
+    lost = torch.zeros((), dtype=torch.float64, device=weights.device)  # told at the end: nobody waits for a device
     made = Rounded(
         grid, torch.zeros(ordered.shape, dtype=torch.uint8, device=weights.device), torch.zeros_like(ordered)
     )
@@ -56,25 +57,25 @@ def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
         base = ordered[own]
         if panel.inputs is not None and carried is not None:
             base = torch.addmm(base, panel.inputs.T, carried)
-        lost += _panel(local, panel, base, found)
+        lost = lost + _panel(local, panel, base, found.pivots[own], groups[own])
         if panel.gain is not None:
             carried = panel.gain @ local.errors if carried is None else carried.addmm_(panel.gain, local.errors)
             local.errors.sub_(base).add_(ordered[own])  # of the weights, no more of what panels before made of them
     back = torch.argsort(found.order)
-    return Rounded(grid, made.codes[back], made.errors[back], lost)
+    return Rounded(grid, made.codes[back], made.errors[back], float(lost))
 
 
-def _panel(made: Rounded, panel: Panel, base: Tensor, found: Factor) -> float:
-    """Round columns `base` [b, out] of a panel, whose errors are those of `base`; the damped error that they add."""
-    lost = 0.0
+def _panel(made: Rounded, panel: Panel, base: Tensor, pivots: Tensor, groups: Tensor) -> Tensor:
+    """Round columns `base` [b, out] of a panel, whose errors are those of `base`; the damped error that they add.
+
+    `groups` int32 [b], on the CPU: of the grid, by column."""
+    lost = torch.zeros((), dtype=torch.float64, device=base.device)
     for start in range(0, len(base), BLOCK):
         block = slice(start, min(start + BLOCK, len(base)))
-        columns = slice(panel.start + start, panel.start + block.stop)
         targets = torch.addmm(base[block], panel.feedback[:start, block].T, made.errors[:start])
-        _round(made, block, found.order[columns], targets=targets, weights=base,
-               feedback=panel.feedback[block, block])  # fmt: skip
+        _round(made, block, groups[block], targets=targets, weights=base, feedback=panel.feedback[block, block])
         missed = targets.sub_(base[block]).add_(made.errors[block])  # each target less the value that it became
-        lost += float((missed.square_().sum(1) * found.pivots[columns]).sum(dtype=torch.float64))
+        lost = lost + (missed.square_().sum(1) * pivots[block]).sum(dtype=torch.float64)
     return lost
 
 
@@ -101,8 +102,8 @@ def sweep(weights: Tensor, rounded: Rounded, hessian: Hessian, damping: float, s
             _fit_scales(made, block, beside, slope, scheme)
         targets = weights[block] + slope / power[block, None] - made.errors[block]
         beside.diagonal().zero_()
-        columns = torch.arange(start, block.stop, device=weights.device)
-        _round(made, block, columns, targets=targets, weights=weights, feedback=beside / power[block])
+        groups = made.grid.groups_of(torch.arange(start, block.stop)).int()
+        _round(made, block, groups, targets=targets, weights=weights, feedback=beside / power[block])
         slopes.changed(block)
     return made
 
@@ -163,13 +164,11 @@ def _refit(fitted: Fitted, errors: Tensor, slope: Tensor, near: Tensor, inside: 
 
 
 def _round(
-    made: Rounded, block: slice, columns: Tensor, *, targets: Tensor, weights: Tensor, feedback: Tensor
+    made: Rounded, block: slice, groups: Tensor, *, targets: Tensor, weights: Tensor, feedback: Tensor
 ) -> None:  # fmt: skip
-    """A block of lines, which hold these columns of the matrix; its codes and errors are changed."""
+    """A block of lines, whose columns are of these groups; its codes and errors are changed."""
     grid = made.grid
-    levels = range(grid.low, grid.low + grid.count) if grid.table is None else grid.table
     given = Block(
-        targets, weights[block], made.errors[block], made.codes[block], grid.scale, grid.min,
-        grid.groups_of(columns).int().cpu(), feedback,
-    )  # fmt: skip
-    round_block(given, levels, threads=torch.get_num_threads())
+        targets, weights[block], made.errors[block], made.codes[block], grid.scale, grid.min, groups, feedback
+    )
+    round_block(given, grid.choices, threads=torch.get_num_threads())

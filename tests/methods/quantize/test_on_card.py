@@ -1,0 +1,151 @@
+"""Calibrated quantization on a GPU that is not there (tests/card.py): nothing mixes devices, and few lines wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from card import Card, OnCard
+from torch import Tensor
+
+from mixtools.config import MixtralConfig
+from mixtools.formats import Awq, Gptq, Int8, Nf4
+from mixtools.inference.calibrate import Moments
+from mixtools.inference.hessian import Gram
+from mixtools.inference.model import Layer
+from mixtools.inference.states import States
+from mixtools.inference.stream import Stream
+from mixtools.layouts.memory import random_reader
+from mixtools.linalg.few import Few
+from mixtools.methods.quantize import matrix, rounding
+from mixtools.methods.quantize.collect import Squares
+from mixtools.methods.quantize.grid import Groups, Scheme
+from mixtools.methods.quantize.grid_bnb import AbsMax
+from mixtools.methods.quantize.grid_ggml import Blocks
+from mixtools.methods.quantize.layer import HeadWork, LayerWork
+from mixtools.methods.quantize.matrix import Options
+from mixtools.methods.quantize.worker import Method, Row
+from mixtools.names import Role, Slot
+from mixtools.storage.dtypes import DType
+
+CONFIG = MixtralConfig(
+    hidden_size=256, intermediate_size=256, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=64,
+    num_experts=2, experts_per_token=1,
+)  # fmt: skip
+SEQUENCES = [torch.arange(40) * (3 + step) % 61 for step in range(8)]
+SCHEMES: dict[str, Callable[[], Scheme]] = {
+    "gptq": lambda: Groups(Gptq(4, 128), 1), "row": lambda: Groups(Gptq(4, -1), 1), "awq": lambda: Groups(Awq(64)),
+    "nf4": lambda: AbsMax(Nf4(DType.BF16)), "int8": lambda: AbsMax(Int8(DType.BF16)),
+    "Q4_K": lambda: Blocks(DType.Q4_K), "IQ4_XS": lambda: Blocks(DType.IQ4_XS), "MXFP4": lambda: Blocks(DType.MXFP4),
+}  # fmt: skip
+
+
+class Still(LayerWork):
+    """The states stay as they are: what carries them on is tested elsewhere."""
+
+    def _through(self, states: States, pass_tokens: int) -> None:
+        pass
+
+
+def quantized(
+    device: str, scheme: Scheme, options: Options, smooth: bool
+) -> tuple[dict[Slot, tuple[Tensor, ...]], dict[Slot, Row]]:
+    """A layer and the head, from the same states."""
+    reader = random_reader(CONFIG, 3)
+    stream = Stream(reader, device, torch.float32)
+    method = Method(lambda _: scheme, lambda _: DType.BF16, options, smooth)
+    layer = Layer(CONFIG, 0, torch.device(device), torch.float32)
+    layer.fill(reader, 0)
+    works = [kind(stream, *more, method, lambda slot: reader.read(slot).to(device)) for kind, *more in
+             ((Still, layer), (HeadWork,))]  # fmt: skip
+    with Stream(reader, dtype=torch.float32).embed(SEQUENCES) as states:
+        made = dict(works[0].run(states, 160)) | dict(works[1].run(states))
+    return {slot: packed.parts for slot, packed in made.items()}, works[0].rows | works[1].rows
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [*((name, {}) for name in SCHEMES), ("gptq", {"rounding": "nearest"}), ("awq", {"block": 128}),
+     ("Q4_K", {"rounding": "nearest"})],
+    ids=str,
+)  # fmt: skip
+def test_a_layer_is_quantized_where_it_lies(scheme: str, options: dict[str, Any]) -> None:
+    """To the bits of the CPU, whose arithmetic it is; what is stored is in the CPU's memory."""
+    chosen = SCHEMES[scheme](), Options(**options), (scheme, options) == ("gptq", {})
+    expected, rows = quantized("cpu", *chosen)
+    with Card() as card:
+        found, told = quantized("cuda", *chosen)
+    assert card.waits
+    assert told == rows
+    for slot, parts in expected.items():
+        assert not any(isinstance(part, OnCard) for part in found[slot]), slot
+        assert all(map(torch.equal, found[slot], parts)), slot
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("few", [False, True], ids=["whole", "few"])
+def test_no_block_of_columns_waits_for_the_card(scheme: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, the CPU waits as often."""
+    if few and scheme in ("row", "int8"):
+        pytest.skip("scales of whole rows take the Hessian itself")
+    generator, waits = torch.Generator().manual_seed(0), []
+    weights, x = torch.randn(512, 24, generator=generator), torch.randn(90, 512, generator=generator)
+    for block in (64, 256):
+        monkeypatch.setattr(rounding, "BLOCK", block)
+        with Card() as card:
+            moved = x.to("cuda")
+            hessian = Few(moved) if few else moved.T @ moved
+            found = matrix.prepared(hessian, Options())
+            power = hessian.diagonal()
+            matrix.quantize(weights.to("cuda"), power, SCHEMES[scheme](), Options(), found, hessian=hessian)
+        waits.append(sum(card.waits.values()))
+    assert waits[0] == waits[1] < 30, card.waits
+
+
+def test_observers_sum_on_the_card() -> None:
+    reader = random_reader(CONFIG, 3)
+    inputs = torch.randn(1500, 256, generator=torch.Generator().manual_seed(1))
+    slots = [Slot(Role.Q, 0), Slot(Role.UP, 0, 1)]
+
+    def seen(device: str) -> tuple[Tensor, Tensor, Tensor, Any]:
+        layer = Layer(CONFIG, 0, torch.device(device), torch.float32)
+        layer.fill(reader, 0)
+        moments, squares, gram = Moments(layer, slots), Squares(), Gram(256, device)
+        for part in inputs.to(device).split(800):
+            gram.add(part)
+            for slot in slots:
+                moments(slot, part, None, None)
+                squares(slot, part, None, None)
+        gram.settle(slots[0])
+        squares.settle()
+        return gram.blocks[0], *(moments.covariance(slot).matrix for slot in slots), squares.sums(slots[0], 256)
+
+    *expected, sums = seen("cpu")
+    with Card():
+        *found, counted = seen("cuda")
+        assert all(one.device.type == "cuda" for one in found)
+    assert all(map(torch.equal, (one.as_subclass(Tensor) for one in found), expected))
+    torch.testing.assert_close(torch.from_numpy(counted), torch.from_numpy(sums))
+
+
+# --- the card itself -------------------------------------------------------------------------------------------------
+
+
+def test_a_card_tells_what_a_gpu_would_tell() -> None:
+    here = torch.arange(6.0)
+    with Card() as card:
+        there = here.to("cuda")
+        assert there.device.type == "cuda" and torch.zeros(2, device=there.device).device.type == "cuda"
+        for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        assert (there * torch.tensor(2.0)).device.type == "cuda"
+        there[2:] = here[2:]
+        there.add_(1)
+        assert there.cpu().numpy().tolist() == [1, 2, 3, 4, 5, 6]
+        assert here.tolist() == [0, 1, 2, 3, 4, 5]
+    assert card.waits == {"elsewhere": 3}  # there, a part of it, and back
