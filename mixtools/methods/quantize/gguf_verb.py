@@ -91,13 +91,14 @@ def rows_of(files: Sequence[File]) -> tuple[Row, ...]:
 
 def carry_out(
     source: Checkpoint, folder: Path, planned: Sequence[tuple[File, Job]], importance: Importance | None, *,
-    resume: bool, overwrite: bool, jobs: int, limit: int | None, dry_run: bool, progress: Progress,
+    resume: bool, overwrite: bool, jobs: int, limit: int | None, dry_run: bool, progress: Progress, device: str = "cpu",
 ) -> Quantized | Planned:  # fmt: skip
     from ...job import Run, is_made, run_together
     from ...storage.disk import free_bytes
     from .forecast import memory, seconds
     from .results import Planned, Quantized
     from .run import expect_weighed, fans
+    from .stored import encoder_on
 
     files, made = [file for file, _ in planned], [job for _, job in planned]
     if importance is not None:
@@ -118,7 +119,8 @@ def carry_out(
         kept = [pair for pair, is_there in zip(planned, there, strict=True) if not is_there]
         files, made = [file for file, _ in kept], [job for _, job in kept]
     began = time.monotonic()
-    done = run_together(made, folder, fans(source, files, importance), Run(overwrite, resume, jobs, progress))
+    work = fans(source, files, importance, encoder_on(device))
+    done = run_together(made, folder, work, Run(overwrite, resume, jobs, progress))
     return Quantized(
         folder, source.place, rows_of([file for file, _ in planned]),
         sum(one["tensors"] for one in done), sum(one["bytes"] for one in done),

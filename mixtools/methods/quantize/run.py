@@ -25,6 +25,7 @@ from ...layouts.gguf_config import architecture
 from ...layouts.gguf_files import is_gguf
 from ...layouts.table import Layout, from_canonical
 from ...names import Role, Slot
+from ...ops.encode import encode
 from ...storage import plan
 from ...storage.dtypes import DType
 from ...storage.gguf_values import Metadata, Value, string, uint32
@@ -34,7 +35,7 @@ from ...storage.store import CHUNK, Bits
 from . import about
 from .importance import Importance
 from .mixtures import MATRICES, Choice, Mixture, choose, needs_imatrix
-from .stored import checked, store
+from .stored import Encode, checked, store
 
 _NO_VOCABULARY = {"tokenizer.ggml.model": string("none")}  # as llama.cpp has it
 
@@ -189,15 +190,15 @@ def _digest(importance: Importance) -> str:
 
 
 def fans(
-    source: Checkpoint, files: Sequence[File], importance: Importance | None
+    source: Checkpoint, files: Sequence[File], importance: Importance | None, encoded: Encode = encode
 ) -> Callable[[Sequence[Output]], list[Fan]]:
-    """What carries the jobs out: a fan for each slot that has a tensor."""
+    """What carries the jobs out: a fan for each slot that has a tensor. `encoded`: what makes blocks."""
 
     def tasks(outputs: Sequence[Output]) -> list[Fan]:
         made, seen = [], set()
         for slot in source.slots():
             targets = tuple(
-                Target(output, region(source, file, slot), _encoder(source, file, slot, importance))
+                Target(output, region(source, file, slot), _encoder(source, file, slot, importance, encoded))
                 for output, file in zip(outputs, files, strict=True)
             )
             place = targets[0].region
@@ -233,14 +234,16 @@ def _blocks(source: Checkpoint, slot: Slot) -> Iterator[Bits]:
         yield from_canonical(op, block, head_dim)
 
 
-def _encoder(source: Checkpoint, file: File, slot: Slot, importance: Importance | None) -> Callable[[Bits], Bits]:
+def _encoder(
+    source: Checkpoint, file: File, slot: Slot, importance: Importance | None, encoded: Encode = encode
+) -> Callable[[Bits], Bits]:
     shape, dtype = source.spec(slot)
     target = file.choices[slot].type
     piece = file.layout.piece(slot, source.config)
     weights = None
     if importance is not None and slot.role in MATRICES:
         weights = importance.weights(piece.name, slot.expert, shape[1])
-    return lambda block: store(block, dtype, target, weights, slot)
+    return lambda block: store(block, dtype, target, weights, slot, encoded)
 
 
 def expect_weighed(source: Checkpoint, files: Sequence[File], importance: Importance) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,42 @@ from ...ops.cpu import NATIVE
 from ...ops.encode import encode
 from ...storage.casting import cast, widen
 from ...storage.dtypes import GGML, DType
-from ...storage.store import Bits, Entry
+from ...storage.store import Bits, Entry, to_tensor
 from .mixtures import DENSE
 
 Weights = npt.NDArray[np.float32]
 EXTRA = "libgguf"  # what makes the types that no kernel here does
 _ONE_AT_A_TIME = threading.Lock()  # the package makes its tables in a call, and keeps Python's lock meanwhile anyway
+
+
+Encode = Callable[[Bits, DType, DType, Weights | None], Bits]  # rows, of which dtype, to which, importance
+
+
+def encoder_on(device: str) -> Encode:
+    """The kernels of a GPU, where a --device value names one that has them, else the CPU's: the bytes are the same.
+
+    Raises UsageError for a device that is not there.
+    """
+    if device == "cpu" or (device == "auto" and importlib.util.find_spec("triton") is None):
+        return encode  # without torch, which takes a second to import
+    from ...machine import find_device
+    from ...ops.gpu import able
+
+    where = find_device(device)
+    if able.problem(where) is not None:
+        return encode
+    import torch
+
+    from ...ops.gpu import encoding
+
+    def there(bits: Bits, dtype: DType, target: DType, weights: Weights | None) -> Bits:
+        if target not in encoding.ENCODED:
+            return encode(bits, dtype, target, weights)
+        found = None if weights is None else torch.from_numpy(weights).to(where)
+        made: Bits = encoding.encode(to_tensor(bits, dtype).to(where), target, found).cpu().numpy()
+        return made
+
+    return there
 
 
 def expect_encoder(types: set[DType]) -> None:
@@ -32,7 +62,9 @@ def expect_encoder(types: set[DType]) -> None:
         raise UsageError(f"{', '.join(left)} is encoded by the package {EXTRA}: pip install '{EXTRA}', or mixtools[iq]")
 
 
-def store(bits: Bits, dtype: DType, target: DType, weights: Weights | None, slot: Slot) -> Bits:
+def store(  # noqa: PLR0917 (a line of work, in its order)
+    bits: Bits, dtype: DType, target: DType, weights: Weights | None, slot: Slot, encoded: Encode = encode
+) -> Bits:
     """Finite rows [rows, columns] of `dtype` as those of `target`: bit patterns, or bytes of blocks [rows, bytes].
 
     `weights` [columns]: the importance of each column. Raises TensorError for a value that becomes infinite in a cast.
@@ -40,7 +72,7 @@ def store(bits: Bits, dtype: DType, target: DType, weights: Weights | None, slot
     if target in DENSE:
         return cast(bits, dtype, target, slot)
     if target in NATIVE:
-        return encode(bits, dtype, target, weights)
+        return encoded(bits, dtype, target, weights)
     return _foreign(widen(bits, dtype), target, weights)
 
 

@@ -199,8 +199,10 @@ def preflight(
         from ...inference.sampling import Sampling
 
         Sampling.of(sampling, seed)
-    if hessian_block is not None and (hessian_block % 256 or method == "int8"):
-        raise UsageError(f"--hessian-block {hessian_block}: a multiple of 256, and not for int8: a row is one group")
+    row = method == "int8" or group_size == -1
+    if hessian_block is not None and (hessian_block % 256 or row):
+        why = "not for int8 and --group-size -1, where a row is one group"
+        raise UsageError(f"--hessian-block {hessian_block}: a multiple of 256, and {why}")
     if method == GGUF:
         _expect_unused("gguf", bits=bits, group_size=group_size, format=format, backend=backend != "native" or None,
                        make_backend=make_backend or None, expert_names=expert_names != "legacy" or None)  # fmt: skip
@@ -280,5 +282,5 @@ def _to_gguf(
         return carry_out_calibrated(asked, checkpoint, folder, planned)
     return carry_out(
         checkpoint, folder, planned, options.importance, resume=asked.resume, overwrite=asked.overwrite,
-        jobs=asked.jobs, limit=asked.limit, dry_run=asked.dry_run, progress=asked.progress,
+        jobs=asked.jobs, limit=asked.limit, dry_run=asked.dry_run, progress=asked.progress, device=asked.device,
     )  # fmt: skip

@@ -279,6 +279,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, small: Path, monkeypatch: pyt
         ({"method": "gguf", "type": ["F16"]}, "would be F16, which is not rounded here"),
         ({"method": "gptq", "rounding": "up"}, "--rounding up: there is second-order, nearest"),
         ({"method": "int8", "hessian_block": 256}, "not for int8"),
+        ({"method": "gptq", "hessian_block": 256, "group_size": -1}, "a row is one group"),
         ({"method": "gptq", "hessian_block": 300}, "a multiple of 256"),
         ({"method": "gptq", "samples": 0}, "0 samples"),
         ({"method": "gptq", "sampling": "often"}, "not one of spread"),
