@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
-from ..machine import available_memory, check_device, find_device, human_time, parse_limit, peak_memory
+from ..machine import check_device, find_device, human_time, memory_for, parse_limit, peak_memory
 from ..options import Device, ExpertsPerToken, MaxMemory, Model, ParseSpecial
 from ..progress import Callback, Progress, watched
 from ..verbs import Option, Result
@@ -182,7 +182,7 @@ def talker(
     from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.generate import Options
-    from ..inference.model import Mixtral
+    from ..inference.loading import load
     from ..text.tokenizer import Tokenizer
     from .measuring import with_experts
 
@@ -194,10 +194,10 @@ def talker(
     ends = (*tokenizer.end_ids, *(tokenizer.special[text] for text in stops if text in tokenizer.special))
     how = Options(**options, stop=ends)
     where = find_device(device)
-    if limit is None and where.type == "cpu":
-        limit = available_memory()
+    if limit is None:
+        limit = memory_for(where, None)
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
-    loaded = Mixtral.load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
+    loaded = load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
     checkpoint.finish()
     notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted) if told)
     return Talker(loaded, tokenizer, how, notes, stops, parse_special)

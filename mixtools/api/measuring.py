@@ -107,7 +107,7 @@ def perplexity(
     where = find_device(device)
     stream = Stream(
         checkpoint, where, compute_dtype(dtype) or checkpoint.main_dtype().torch(),
-        max_memory=memory_for(where, limit), progress=watched(progress),
+        max_memory=memory_for(where, limit), progress=watched(progress), packed=True,
     )  # fmt: skip
     found = engine.measure(stream, windows, engine.spell(tokenizer, ids, windows)).document()
     checkpoint.finish()

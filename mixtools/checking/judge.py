@@ -204,7 +204,7 @@ def _stream(checkpoint: Checkpoint, machine: Machine) -> Stream:
     dtype = checkpoint.main_dtype().torch() if machine.dtype is None else machine.dtype
     return Stream(
         checkpoint, machine.device, dtype,
-        max_memory=machine.max_memory, progress=machine.progress, spill=machine.spill, reuse=True,
+        max_memory=machine.max_memory, progress=machine.progress, spill=machine.spill, reuse=True, packed=True,
     )  # fmt: skip
 
 

@@ -25,9 +25,6 @@ _OPTIONAL = {
 }
 
 
-_LEAST = (8, 0)  # compute capability: bf16 needs it
-
-
 def doctor(
     measure: Annotated[bool, typer.Option("--measure", help="Measure memory and products too; takes seconds.")] = False,
     json: base.Json = False, quiet: base.Quiet = False, debug: base.Debug = False,
@@ -76,20 +73,17 @@ def examine() -> dict[str, Any]:
 
 
 def _gpu_problems() -> list[str]:
-    """Why no card, or not every card, can be computed on; empty where all can."""
+    """Why the GPU's kernels cannot run here: one of the machine, or one of each card that cannot."""
     import torch
+
+    from ..ops.gpu import able
 
     if torch.version.cuda is None and torch.version.hip is None:
         return ["this torch is a build for CPUs alone"]
     if not torch.cuda.is_available():
         return ["torch finds no card: none is there, or its driver is missing or older than this torch"]
-    found = []
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if torch.version.hip is None and capability < _LEAST:
-            name, has = torch.cuda.get_device_name(index), ".".join(map(str, capability))
-            found.append(f"{name} is too old: compute capability {has}, and bf16 needs {'.'.join(map(str, _LEAST))}")
-    return found
+    each = (able.problem(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return [*dict.fromkeys(told for told in each if told)]
 
 
 def _measured() -> dict[str, Any]:

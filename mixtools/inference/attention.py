@@ -62,10 +62,15 @@ def span(
         mask = (text | itself)[:, None]
     elif start and length > 1:
         mask = (col[None] <= row[0, :, None])[None, None]
+    return Span(*turns(config, row, frequency, padding), start, mask, band)
+
+
+def turns(config: MixtralConfig, row: Tensor, frequency: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B or 1, 1, T, hd/2] of the columns `row` [1, T], by rope.frequencies."""
     position = row if padding is None else (row - padding[:, None]).clamp(min=0)
     angle = position.float()[:, None, :, None] * (frequency if frequency.dim() == 1 else frequency[:, None, None])
     cos, sin, gain = angle.cos(), angle.sin(), rope.gain(config.rope_scaling)
-    return Span(cos, sin, start, mask, band) if gain == 1 else Span(cos * gain, sin * gain, start, mask, band)
+    return (cos, sin) if gain == 1 else (cos * gain, sin * gain)
 
 
 def rotate(x: Tensor, where: Span) -> Tensor:

@@ -63,6 +63,13 @@ def check(reader: Reader, itemsize: int, max_memory: int | None, *, packed: bool
     raise MemoryBudgetError(message, expected=f"at most {human_bytes(max_memory)}", found=human_bytes(need))
 
 
+def check_held(need: int, max_memory: int | None) -> None:
+    """Raise MemoryBudgetError if what a model takes as it is stored exceeds `max_memory`."""
+    if max_memory is not None and need > max_memory:
+        message = "the model, its matrices as they are stored, exceeds the memory allowed"
+        raise MemoryBudgetError(message, expected=f"at most {human_bytes(max_memory)}", found=human_bytes(need))
+
+
 @dataclass(frozen=True)
 class Needs:
     """Upper bounds in bytes of a run a layer at a time; see the test that counts what is really allocated."""
@@ -87,8 +94,10 @@ class Needs:
         table = v * d * size + 2 * ends
         # wide = fp32: norm and its square; rotary halves, products and their join
         attention = size * (2 * d + 3 * heads) + 4 * max(3 * d, 3 * heads)
-        # every token may go to one expert: gate and up, silu, product; the sum is fp32
-        experts = size * (3 * d + 4 * f) + 4 * 3 * d
+        # every token may go to one expert: gate and up, silu, product; on a GPU all of a token's at once (mixture.py);
+        # the sum is fp32
+        pairs = config.experts_per_token * (3 * f + 3 * d)
+        experts = size * (3 * d + max(4 * f, pairs if device.type != "cpu" else 0)) + 4 * 3 * d
         shapes = ((2 * f, d), (d, f), (heads, d), (d, config.num_heads * config.head_dim))
         # a mask as it is made and as the product takes it, and the result put together from runs of rows
         window = config.sliding_window

@@ -81,8 +81,7 @@ def stream(model: Mixtral, prompts: Sequence[Sequence[int]], options: Options | 
         if len(kept) < len(alive):
             cache.select(torch.tensor(kept, device=model.device))
             alive, chosen = [alive[row] for row in kept], [chosen[row] for row in kept]
-        ids = torch.tensor(chosen, device=model.device)[:, None]  # [B, 1]
-        logits = model(ids, cache)[:, 0].cpu()  # [B, V]
+        logits = model.step(torch.tensor(chosen, device=model.device), cache).cpu()  # [B, V]
 
 
 def generate(

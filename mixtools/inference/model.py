@@ -12,8 +12,9 @@ per token, F expert size, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,17 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import TensorError
-from ..formats import Packed
 from ..layouts.reader import Reader
 from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
 from . import blocks, budget, host, products
 from .attention import LayerCache, Span, attend, rotate, span
+from .mixture import mixture
 from .products import Matrix
+from .watching import watched
 
-Found = TypeVar("Found")
-QKV, O, GATE_UP, DOWN = (Role.Q, Role.K, Role.V), (Role.O,), (Role.GATE, Role.UP), (Role.DOWN,)  # noqa: E741
+# the matrices that are multiplied with the same x
+QKV, OUT, GATE_UP, DOWN = (Role.Q, Role.K, Role.V), (Role.O,), (Role.GATE, Role.UP), (Role.DOWN,)
 
 
 class Observer(Protocol):
@@ -86,7 +88,7 @@ class Embedding:
         return products.rows(ids, self.table, self.dtype)
 
 
-class Block:
+class Block(ABC):
     """What one layer does, whatever its matrices lie in: see Layer and PackedLayer."""
 
     def __init__(self, config: MixtralConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -97,12 +99,12 @@ class Block:
         # fp32: a near tie picks another expert
         self.router = torch.empty(config.num_experts, config.hidden_size, device=device)
 
-    def need(self, *roles: Role, expert: int | None = None) -> None:
+    def need(self, *roles: Role, expert: int | None = None) -> None:  # noqa: B027  (most layers have nothing to wait for)
         """Called before these weights are used: a layer that is still being read waits here (stream.py)."""
 
+    @abstractmethod
     def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
-        """x [.., in] through the matrices of these roles (QKV, O, GATE_UP or DOWN), side by side: [.., out]."""
-        raise NotImplementedError
+        """x [.., in] through the matrices of these roles (QKV, OUT, GATE_UP or DOWN), side by side: [.., out]."""
 
     def __call__(
         self, x: Tensor, where: Span, cache: LayerCache | None = None, observer: Observer | None = None
@@ -130,7 +132,7 @@ class Block:
         mixed = attend(q, k, v, where).transpose(1, 2).flatten(2)  # [B, T, H*hd]
         if observer:
             observer(Slot(Role.O, self.index), mixed.flatten(0, 1), None, None)
-        return self.joined(mixed, O)
+        return self.joined(mixed, OUT)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D] -> weights [N, K] fp32, which sum to one, and experts [N, K]: softmax, top K, renormalised."""
@@ -204,6 +206,15 @@ class Layer(Block):
         if expert is None:
             return products.linear(x, self.qkv if roles == QKV else self.o)
         return products.linear(x, (self.gate_up if roles == GATE_UP else self.down)[expert])
+
+    def experts(self, x: Tensor, observer: Observer | None = None) -> Tensor:
+        """As Block.experts; on a GPU all experts together, without waiting for what the CPU would have to know."""
+        if observer or x.device.type == "cpu":
+            return super().experts(x, observer)
+        weights, experts = self.route(x)
+        for expert in range(self.config.num_experts):
+            self.need(*EXPERT, expert=expert)
+        return mixture(x, weights, experts, lambda: self.gate_up, lambda: self.down)
 
 
 class PackedLayer(Block):
@@ -304,9 +315,12 @@ class Cache:
         """
         self.layers = [LayerCache(model.config, batch, capacity, model.device, model.dtype) for _ in model.layers]
         self.capacity, self.used, self.padding, self.prompt = capacity, 0, padding, prompt
+        self.batch = batch
+        self.step: object = None  # what a model keeps to go on with these sequences, a token at a time
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences only, [n] indices into the batch."""
+        self.batch, self.step = len(rows), None
         for layer in self.layers:
             layer.select(rows)
         if self.padding is not None:
@@ -340,21 +354,21 @@ class Mixtral:
     ) -> Mixtral:
         """Read a model tensor by tensor: the peak is the model in memory and one stored tensor.
 
-        With `packed`, on a CPU, the matrices of a GGUF stay in their blocks where kernels multiply those (blocks.py);
-        all others, and all that is computed, are of `dtype`. Raises MemoryBudgetError, before anything is read, if that
-        is more than `max_memory` bytes; TensorError for a tensor whose shape contradicts the configuration.
+        With `packed`, on a CPU, packed matrices stay so where kernels multiply their blocks (blocks.py); all others,
+        and all that is computed, are of `dtype`. Raises MemoryBudgetError, before anything is read, if that is more
+        than `max_memory` bytes; TensorError for a tensor whose shape contradicts the configuration.
         """
         where = torch.device(device)
         packed = packed and where.type == "cpu" and any(blocks.type_of(reader, slot) for slot in reader.slots())
         budget.check(reader, dtype.itemsize, max_memory, packed=packed)
-        watched = _watched(reader, progress, dtype.itemsize, packed) if progress else reader
+        source = watched(reader, progress, lambda slot: budget.held_bytes(reader, [slot], dtype.itemsize, packed))
         indices = range(reader.config.num_layers)
-        embedding = Embedding.load(watched, where, dtype, packed=packed)
+        embedding = Embedding.load(source, where, dtype, packed=packed)
         layers: list[Block] = [
-            PackedLayer(watched, index, where, dtype) if packed else Layer.load(watched, index, where, dtype)
+            PackedLayer(source, index, where, dtype) if packed else Layer.load(source, index, where, dtype)
             for index in indices
         ]
-        head = Head.load(watched, where, dtype, packed=packed)
+        head = Head.load(source, where, dtype, packed=packed)
         if progress:
             progress.finish()
         return cls(embedding, layers, head)
@@ -382,35 +396,6 @@ class Mixtral:
         x = self.hidden(ids, cache, observer)
         return self.head(x[:, -1:] if last_only else x, observer)
 
-
-class _Watched:
-    """A reader that tells what was read of it: the bytes that it takes in memory."""
-
-    def __init__(self, reader: Reader, progress: Progress, itemsize: int, packed: bool) -> None:
-        self.config, self.slots, self.spec = reader.config, reader.slots, reader.spec
-        self._reader, self._progress, self._how = reader, progress, (itemsize, packed)
-        progress.start("loading", budget.held_bytes(reader, reader.slots(), *self._how))
-
-    def read(self, slot: Slot) -> Tensor:
-        return self._told(slot, self._reader.read(slot))
-
-    def _told(self, slot: Slot, found: Found) -> Found:
-        self._progress.advance(budget.held_bytes(self._reader, [slot], *self._how))
-        return found
-
-
-class _WatchedStore(_Watched):
-    """One that gives matrices as they are stored, too."""
-
-    def __init__(self, reader: blocks.Storing, progress: Progress, itemsize: int, packed: bool) -> None:
-        super().__init__(reader, progress, itemsize, packed)
-        self.format, self._packed = reader.format, reader.packed
-
-    def packed(self, slot: Slot) -> Packed:
-        return self._told(slot, self._packed(slot))
-
-
-def _watched(reader: Reader, progress: Progress, itemsize: int, packed: bool) -> Reader:
-    if isinstance(reader, blocks.Storing):
-        return _WatchedStore(reader, progress, itemsize, packed)
-    return _Watched(reader, progress, itemsize, packed)
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One more id of each sequence, [B] -> the logits after it, [B, V] fp32."""
+        return self(ids[:, None], cache)[:, 0]

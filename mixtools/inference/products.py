@@ -25,6 +25,7 @@ Matrix = Tensor | Blocks  # of a product: a tensor, or what a file holds
 FEW_ROWS = 4
 BLOCK = 1 << 22  # weights widened at a time, at most: 16 MB, which stay in the last cache until they are used
 BLOCK_ROWS = 512  # and no more rows than that: with more, a product of few rows of x waits for memory
+_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # from there on torch.mm knows it
 _STEP = 64  # a block has a multiple of so many rows, unless the matrix ends
 
 
@@ -65,12 +66,14 @@ def rows(indices: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
 def linear_fp32(x: Tensor, weight: Matrix) -> Tensor:
     """x [.., in] times weight [out, in] -> [.., out] fp32: the sums as they are.
 
-    Memory as `linear`. On any device and machine: 16-bit weights are widened a block at a time.
+    Memory as `linear`. 16-bit weights are widened a block at a time, unless a card gives its sums as they are.
     """
     if isinstance(weight, Blocks):
         return weight.product(x)
     if weight.dtype == torch.float32:
         return F.linear(x, weight)
+    if weight.device.type == "cuda" and torch.version.hip is None and _OUT_DTYPE:
+        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], -1)
     out = host.empty((*x.shape[:-1], len(weight)), x.device, torch.float32)
     if host.native(weight.dtype):
         with host.bf16_products(weight):

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import InputError, MemoryBudgetError
-from ..layouts.reader import Reader, Spec
+from ..layouts.reader import Reader
 from ..machine import human_bytes
-from ..names import Role, Slot, layer_slots
 from ..progress import Progress, Silent
-from ..storage.store import Bits, from_tensor
 from . import budget
+from .arriving import Arriving, packed_layers, stays_packed
 from .attention import Span, span
-from .model import Embedding, Head, Layer, Observer, copy
+from .lane import Card, Lane
+from .model import Block, Embedding, Head, Observer
 from .states import States
 
 PASS_TOKENS = {"cpu": 1024}  # products are bound by arithmetic, and what a pass makes stays within malloc's own memory
@@ -63,18 +62,20 @@ class Stream:
         progress: Progress | None = None,
         spill: Path | None = None,
         reuse: bool = False,
+        packed: bool = False,
     ) -> None:
         """`max_memory` bytes for weights, activations and hidden states together; None sets no limit.
 
         `spill`: the folder of hidden states that do not fit; the system's temporary folder if None. `reuse`: hold the
-        layers' memory from run to run, if there is room for all else beside it; see `forget`.
+        layers' memory from run to run, if there is room for all else beside it; see `forget`. `packed`: on a GPU whose
+        kernels take them, layers are run as they are stored, so that no more than one projection is widened at a time.
         """
         self.reader, self.config, self.device, self.dtype = reader, reader.config, torch.device(device), dtype
         self.max_memory, self.progress = max_memory, progress or Silent()
         self.spill = spill or Path(tempfile.gettempdir())
         self.reserved = 0  # bytes of max_memory that the caller has given away
         self.remarks: list[str] = []  # what the last run gave up to stay within the memory allowed
-        self.reuse = reuse
+        self.reuse, self.packed = reuse, packed
         self._spans: dict[int, Span] = {}
         self._spare: list[Arriving] = []  # layers' memory that waits for the next run
 
@@ -155,11 +156,17 @@ class Stream:
                     target.write(start, states.rows(start, min(start + plan.pass_tokens, states.tokens)))
         self.remarks = _remarks(plan, target)
         self.progress.start("; ".join(["layers", *self.remarks]), states.tokens * max(0, stop - states.layer), "tok")
-        for layer in self.layers(states.layer, stop, double=plan.double, reuse=plan.kept):
+        for layer in self._running(states.layer, stop, plan):
             self.through(layer, source, into=target, observer=observer, pass_tokens=plan.pass_tokens)
             source, target.layer = target, layer.index + 1
         self.progress.finish()
         return target
+
+    def _running(self, first: int, stop: int, plan: Plan) -> Iterator[Block]:
+        """`layers`, or as they are stored."""
+        if not self.packed or first >= stop or not stays_packed(self.reader, self.device):
+            return iter(self.layers(first, stop, double=plan.double, reuse=plan.kept))
+        return packed_layers(self.reader, range(first, stop), self.device, self.dtype, self._lane(), double=plan.double)
 
     def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
         return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
@@ -178,21 +185,26 @@ class Stream:
         spare, self._spare = self._spare[:count], []
         while len(spare) < count:
             spare.append(Arriving(self.config, first, self.device, self.dtype))
+        lane = self._lane()
         with ThreadPoolExecutor(1, "mixtools-reader") as pool:
             try:
-                spare[0].read_ahead(self.reader, first, pool)
+                spare[0].read_ahead(self.reader, first, pool, lane)
                 for index in range(first, stop):
                     layer, following = spare[(index - first) % count], spare[(index + 1 - first) % count]
                     if count == 2 and index + 1 < stop:
-                        following.read_ahead(self.reader, index + 1, pool)
+                        following.read_ahead(self.reader, index + 1, pool, lane)
                     yield layer
                     layer.finish()
                     if count == 1 and index + 1 < stop:
-                        following.read_ahead(self.reader, index + 1, pool)
+                        following.read_ahead(self.reader, index + 1, pool, lane)
             finally:
                 pool.shutdown(cancel_futures=True)
         if reuse:
             self._spare = spare
+
+    def _lane(self) -> Lane | None:
+        """The way to a GPU; None where layers lie in the memory that they are read into, or where none is known."""
+        return Lane(Card(self.device)) if self.device.type == "cuda" else None
 
     def inherit(self, other: Stream) -> None:
         """Take over the layers' memory that another stream holds, if it fits this model; it is given back if not."""
@@ -205,7 +217,7 @@ class Stream:
 
     def through(
         self,
-        layer: Layer,
+        layer: Block,
         states: States,
         *,
         into: States | None,
@@ -243,68 +255,6 @@ class Stream:
         if length not in self._spans:
             self._spans[length] = span(self.config, length, self.device)
         return self._spans[length]
-
-
-@runtime_checkable
-class Filling(Protocol):
-    """A reader that puts a tensor where it is wanted."""
-
-    def spec(self, slot: Slot) -> Spec: ...
-
-    def fill(self, slot: Slot, out: Bits) -> None: ...
-
-
-class Arriving(Layer):
-    """A layer that runs while another thread still reads it: each part waits for the weights that it needs."""
-
-    coming: dict[Slot, Future[None]]
-
-    def read_ahead(self, reader: Reader, index: int, pool: ThreadPoolExecutor) -> None:
-        """Become layer `index`, tensor by tensor on the pool's one thread; returns at once."""
-        self.index = index
-        self.coming = {
-            slot: pool.submit(_fill, self, reader, slot) for slot in layer_slots(index, self.config.num_experts)
-        }
-
-    def need(self, *roles: Role, expert: int | None = None) -> None:
-        """Wait until these are there. Raises what reading them raised."""
-        for role in roles:
-            self.coming[Slot(role, self.index, expert)].result()
-
-    def weight(self, slot: Slot) -> Tensor:
-        """As Layer.weight, once it is there."""
-        self.need(slot.role, expert=slot.expert)
-        return super().weight(slot)
-
-    def finish(self) -> None:
-        """Wait for all. Raises what reading raised, also of a tensor that nobody needed."""
-        for reading in self.coming.values():
-            reading.result()
-
-
-def fill(layer: Layer, reader: Reader, index: int) -> Layer:
-    """Make `layer` the one of that index."""
-    layer.index = index
-    for slot in layer_slots(index, layer.config.num_experts):
-        _fill(layer, reader, slot)
-    return layer
-
-
-def _fill(layer: Layer, reader: Reader, slot: Slot) -> None:
-    """Read one tensor of `layer` into place.
-
-    From a file on a CPU in blocks that stay in the cache on their way: half the work of a whole tensor, and none of
-    it by torch, whose threads are busy with what is there already.
-    """
-    weight = Layer.weight(layer, slot)  # its place: an arriving layer's own would wait for what is done here
-    if not isinstance(reader, Filling) or layer.down.device.type != "cpu":
-        copy(weight, reader, slot)
-        return
-    spec = reader.spec(slot)
-    if spec.dtype.torch() != weight.dtype:
-        weight.copy_(reader.read(slot))
-        return
-    reader.fill(slot, from_tensor(weight))  # its bits are shared
 
 
 def _remarks(plan: Plan, states: States) -> list[str]:

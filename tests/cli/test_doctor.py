@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -55,10 +56,11 @@ def test_work_is_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, False, None, "a build for CPUs alone"), ("12.8", False, None, "finds no card"),
         ("12.8", True, (7, 5), "Old is too old: compute capability 7.5, and bf16 needs 8.0"),
-        ("12.8", True, (9, 0), None),
+        ("12.8", True, (9, 0), None), ("12.8", True, None, "Triton is not installed: pip install triton"),
     ],
 )  # fmt: skip
 def test_why_no_card(monkeypatch: pytest.MonkeyPatch, cuda, there, capability, said) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)

@@ -33,6 +33,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
 }  # fmt: skip
 HIDDEN, INNER, EXPERTS, CHOICES, QKV = 4096, 14336, 8, 2, 6144  # of 8x7B
+HEADS, KV_HEADS, HEAD, LENGTH = 32, 8, 128, 4096  # and columns of its cache
 FUSED = ("int4", "q8_0", "q2_k", "q4_k", "q5_k")  # whose decoders ask for a fused multiply-add
 _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
@@ -49,9 +50,10 @@ class Case:
     target: str
     tokens: int = 1
     x: str = "bfloat16"
+    adds: bool = False
 
     def __str__(self) -> str:
-        rest = [f"{self.tokens} tokens"] * (self.tokens > 1) + [self.x] * (self.x != "bfloat16")
+        rest = [f"{self.tokens} tokens"] * (self.tokens > 1) + [self.x] * (self.x != "bfloat16") + ["adds"] * self.adds
         return " ".join((self.kernel, self.kind, self.target, *rest))
 
 
@@ -118,7 +120,7 @@ def large(kind: str, matrices: int, rows: int, columns: int) -> tuple[Planes, fl
     return replace(small, rows=matrices * rows, matrix_rows=rows, parts=parts), (small.nbytes - tables) / (32 * columns)
 
 
-def launched(case: Case) -> tuple[Launch, float]:
+def launched(case: Case) -> tuple[Launch, float]:  # noqa: PLR0911 (a kernel a return)
     """As 8x7B would start it, and the bytes of a weight."""
     lanes, dtype, tokens = TARGETS[case.target][2], getattr(torch, case.x), case.tokens
 
@@ -131,15 +133,28 @@ def launched(case: Case) -> tuple[Launch, float]:
         router = empty(EXPERTS, HIDDEN, dtype=torch.float32)
         x, normed = empty(tokens, HIDDEN), empty(tokens, HIDDEN)
         return launch.route(x, empty(HIDDEN), router, 1e-5, normed, weights, chosen), 0.0
+    if case.kernel == "normalise":
+        return launch.normalise(empty(tokens, HIDDEN), empty(HIDDEN), 1e-5, empty(tokens, HIDDEN)), 0.0
+    if case.kernel == "turn":
+        heads = torch.split(empty(tokens, HEADS + 2 * KV_HEADS, HEAD), [HEADS, KV_HEADS, KV_HEADS], 1)
+        table, cache = empty(1, LENGTH, HEAD // 2, dtype=torch.float32), empty(tokens, KV_HEADS, LENGTH, HEAD)
+        seen, out = empty(tokens, 2, dtype=torch.int32), empty(tokens, HEADS, HEAD)
+        return launch.turn((heads[0], heads[1], heads[2]), (table, table), seen, out, cache, cache), 0.0
+    if case.kernel in ("attend", "combine"):
+        cache, q = empty(1, KV_HEADS, LENGTH, HEAD), empty(1, HEADS, tokens, HEAD)
+        first, last = launch.attend(q, cache, cache, empty(1, 2, dtype=torch.int32), q)
+        return (first if case.kernel == "attend" else last), 0.0
     if case.kernel == "gemv":
         planes, size = large(case.kind, 1, QKV, HIDDEN)
-        return launch.gemv(empty(tokens, HIDDEN), planes, empty(tokens, QKV), lanes), size
+        before = empty(tokens, QKV) if case.adds else None
+        return launch.gemv(empty(tokens, HIDDEN), planes, empty(tokens, QKV), before, lanes), size
     if case.kernel == "gate_up":
         planes, size = large(case.kind, 2 * EXPERTS, INNER, HIDDEN)
         return launch.gate_up(empty(tokens, HIDDEN), chosen, planes, empty(tokens, CHOICES, INNER), lanes), size
     if case.kernel == "down":
         (planes, size), x = large(case.kind, EXPERTS, HIDDEN, INNER), empty(tokens, CHOICES, INNER)
-        return launch.down(x, chosen, weights, planes, empty(tokens, HIDDEN), lanes), size
+        before = empty(tokens, HIDDEN) if case.adds else None
+        return launch.down(x, chosen, weights, planes, empty(tokens, HIDDEN), before, lanes), size
     planes, size = large(case.kind, 1, INNER, HIDDEN)
     return launch.unpack(planes, empty(INNER, HIDDEN), lanes), size
 

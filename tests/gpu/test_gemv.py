@@ -326,3 +326,33 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(MixtoolsError, match="interpreter alone"):
         library.gemv(x, made)
+
+
+# --- what is added ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bf16", "Q4_K"])
+@pytest.mark.parametrize(("rows", "tokens"), [(32, 1), (7, 3), (5, 1)])
+def test_products_added_to_what_was_before(name, rows, tokens):
+    """Also by the last program, whose rows are some that another has."""
+    made = make(name, rows, 3)
+    x, before = inputs(tokens, made.planes.columns), inputs(tokens, rows, seed=3)
+    out = torch.full((tokens, rows), torch.nan)
+    launch.gemv(x, made.planes, out, before).run()
+    assert torch.equal(out, library.gemv(x, made.planes) + before)
+
+
+def test_experts_added_to_what_was_before():
+    made = make("Q4_K", 7 * 4, 2)
+    x, before = inputs(2, 2, made.planes.columns), inputs(2, 7, seed=3)
+    experts, weights = torch.tensor([[3, 1], [0, 3]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    out = torch.full((2, 7), torch.nan)
+    launch.down(x, experts, weights, made.planes, out, before).run()
+    assert torch.equal(out, library.down(x, experts, weights, made.planes, 7) + before)
+
+
+def test_what_is_added_lies_apart():
+    made, x = make("bf16", 8, 8), inputs(1, 8)
+    for before in (torch.zeros(1, 7), (out := torch.zeros(1, 8))):
+        with pytest.raises(MixtoolsError, match="lies apart"):
+            launch.gemv(x, made.planes, out if len(before[0]) == 8 else torch.zeros(1, 8), before)

@@ -75,3 +75,21 @@ def test_routing_is_a_well_formed_operation():
             library.route(*wrong, EPS, 2)
     with pytest.raises(MixtoolsError, match="9 of 8 experts"):
         library.route(x, norm, router, EPS, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 512), (3, 1024), (8, 100), (2, 513), (2, 7)])
+def test_normalising_is_what_routing_makes(tokens, columns, dtype):
+    x, norm, router = inputs(tokens, columns, 8, dtype)
+    found = library.normalise(x, norm, EPS)
+    assert torch.equal(found, library.route(x, norm, router, EPS, 2)[0])
+    digits = {torch.float32: 2.0**-21, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[dtype]
+    torch.testing.assert_close(found, reference.normalise(x, norm, EPS), rtol=digits, atol=1e-6)
+
+
+def test_normalising_is_a_well_formed_operation():
+    x, norm, _ = inputs(2, 40, 8, torch.float32)
+    torch.library.opcheck(library.gpu_normalise, (x, norm, EPS))
+    for wrong in ((x, norm.half()), (x, norm[:3]), (x[0], norm)):
+        with pytest.raises(MixtoolsError, match="fit"):
+            library.normalise(*wrong, EPS)

@@ -14,9 +14,8 @@ from streaming import allocated, least_memory, some_ids
 
 import mixtools
 from mixtools.errors import DiskError, InputError, MemoryBudgetError, TensorError
-from mixtools.inference import host
+from mixtools.inference import arriving, host
 from mixtools.inference import states as states_module
-from mixtools.inference import stream as stream_module
 from mixtools.inference.model import Layer, Mixtral
 from mixtools.inference.states import States
 from mixtools.inference.stream import Stream, passes
@@ -247,8 +246,8 @@ def test_files_are_read_into_place_in_blocks(nano, stacked, dtype, monkeypatch):
         for size in (1 << 12, 1 << 22):
             monkeypatch.setattr("mixtools.layouts.checkpoint.CHUNK", size)
             checkpoint = open_checkpoint(folder)
-            assert isinstance(checkpoint, stream_module.Filling)
-            filled = stream_module.fill(Layer(nano.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
+            assert isinstance(checkpoint, arriving.Filling)
+            filled = arriving.fill(Layer(nano.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
             expected = Layer.load(nano, 1, torch.device("cpu"), dtype)
             assert filled.index == 1
             for slot in layer_slots(1, 8):
@@ -262,6 +261,6 @@ def test_blocks_are_decoded_in_place(dtype, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(tmp_path)
     for size in (1 << 12, 1 << 22):
         monkeypatch.setattr("mixtools.layouts.checkpoint.CHUNK", size)
-        filled = stream_module.fill(Layer(checkpoint.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
+        filled = arriving.fill(Layer(checkpoint.config, 0, torch.device("cpu"), dtype), checkpoint, 1)
         for slot in layer_slots(1, 8):
             assert torch.equal(filled.weight(slot), checkpoint.read(slot).to(dtype)), slot

@@ -40,11 +40,11 @@ def spoilt(monkeypatch):
     """What is not read yet is NaN."""
     plain = Arriving.read_ahead
 
-    def read_ahead(layer, reader, index, pool):
+    def read_ahead(layer, reader, index, pool, lane=None):
         layer.index = index
         for slot in layer_slots(index, layer.config.num_experts):
             super(Arriving, layer).weight(slot).fill_(torch.nan)
-        plain(layer, reader, index, pool)
+        plain(layer, reader, index, pool, lane)
 
     monkeypatch.setattr(Arriving, "read_ahead", read_ahead)
 

@@ -4,7 +4,8 @@
                times the x of those columns, which all rows share ─► fp32 sums a thread ─► one sum a row, over threads
 
 No atomics and no split of a row over programs: sums are taken in one order, whatever else runs. Where rows are no
-multiple of ROWS the last program takes ROWS all the same, some of which another has taken, too: both store the same.
+multiple of ROWS the last program takes ROWS all the same, some of which another has taken, too: both store the same
+(so what is added must not lie where the result goes).
 Units beyond the last are read as the last one and multiplied with zero. Nothing is read outside the planes.
 PLAN says how these are read (launch.py).
 """
@@ -71,12 +72,17 @@ def total(sums):
 
 
 @triton.jit
-def gemv(x, out, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, TOKENS: tl.constexpr, PLAN: tl.constexpr):
-    """out [TOKENS, rows] = x [TOKENS, in] times the planes' rows. Programs: ceil(rows / ROWS)."""
+def gemv(x, before, out, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, TOKENS: tl.constexpr, ADDS: tl.constexpr,
+         PLAN: tl.constexpr):  # fmt: skip
+    """out [TOKENS, rows] = x [TOKENS, in] times the planes' rows, and `before` [TOKENS, rows] where it ADDS that.
+    Programs: ceil(rows / ROWS)."""
     row = tl.minimum(tl.program_id(0) * ROWS, rows - ROWS).to(tl.int64) + tl.arange(0, ROWS)
     sums = products(x, (p0, p1, p2, p3, p4), row, rows >> 31, TOKENS, PLAN)
     for token in tl.static_range(TOKENS):
-        tl.store(out + token * rows + row, total(sums[token]).to(out.dtype.element_ty))
+        made = total(sums[token])
+        if ADDS:
+            made += tl.load(before + token * rows + row).to(tl.float32)
+        tl.store(out + token * rows + row, made.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -96,10 +102,11 @@ def gate_up(x, experts, out, inner, p0, p1, p2, p3, p4, CHOICES: tl.constexpr, R
 
 
 @triton.jit
-def down(x, experts, weights, out, rows, p0, p1, p2, p3, p4, CHOICES: tl.constexpr, ROWS: tl.constexpr,
-         PLAN: tl.constexpr):  # fmt: skip
+def down(x, experts, weights, before, out, rows, p0, p1, p2, p3, p4, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+         ADDS: tl.constexpr, PLAN: tl.constexpr):  # fmt: skip
     """out [T, rows] = the sum over a token's CHOICES, in their order, of weights [T, CHOICES] times the product of
-    x [T, CHOICES, in] with the planes of experts [T, CHOICES]. Programs: T, ceil(rows / ROWS)."""
+    x [T, CHOICES, in] with the planes of experts [T, CHOICES]; and `before` [T, rows], last, where it ADDS that.
+    Programs: T, ceil(rows / ROWS)."""
     token = tl.program_id(0)
     first = tl.minimum(tl.program_id(1) * ROWS, rows - ROWS)
     index = tl.arange(0, ROWS)
@@ -108,6 +115,8 @@ def down(x, experts, weights, out, rows, p0, p1, p2, p3, p4, CHOICES: tl.constex
         row = tl.load(experts + choice).to(tl.int64) * rows + first + index
         sums = products(x + choice * PLAN.columns, (p0, p1, p2, p3, p4), row, rows >> 31, 1, PLAN)
         made += tl.load(weights + choice) * total(sums[0])
+    if ADDS:
+        made += tl.load(before + token * rows + first + index).to(tl.float32)
     tl.store(out + token * rows + first + index, made.to(out.dtype.element_ty))
 
 

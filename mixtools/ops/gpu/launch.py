@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -17,14 +18,15 @@ from ...errors import MixtoolsError
 from .planes import Planes
 
 Arguments = dict[str, Tensor | int | float]
+_ONE = threading.Lock()  # Triton compiles, and interprets, for one thread at a time
 MOST_TOKENS = 8
 LANES = 64 if torch.version.hip else 32  # threads of a warp
+CHUNK = 256  # columns of a cache that one program of `attend` takes
 # Rows that a program takes, by the number of tokens: x is loaded once for all of them, and each has four sums or eight
 # a thread and token.
-_ROUTED_COLUMNS, _ROUTING_WARPS = 512, 4
-CHUNK = 256  # columns of a cache that one program of `attend` takes
-_COLUMNS_TOGETHER, _ATTENDING_WARPS = 16, 4
 _ROWS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+_ROUTED_COLUMNS, _ROUTING_WARPS = 512, 4
+_COLUMNS_TOGETHER, _ATTENDING_WARPS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ class Launch:
     def run(self) -> None:
         """Raises MixtoolsError where there is no Triton."""
         device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _ONE, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.function[self.grid](**self.arguments, **self.constants, **self.options)
 
 
-def gemv(x: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
-    """out [T, rows] of x [T, in]; T at most MOST_TOKENS."""
+def gemv(x: Tensor, planes: Planes, out: Tensor, before: Tensor | None = None, lanes: int = LANES) -> Launch:
+    """out [T, rows] of x [T, in], added to `before` if that is given; T at most MOST_TOKENS."""
     tokens, rows = len(x), _rows(len(x), planes.rows)
-    arguments: Arguments = {"x": x, "out": out, "rows": planes.rows, **_planes(planes)}
-    constants = {"ROWS": rows, "TOKENS": tokens, "PLAN": plan(planes, lanes)}
+    arguments: Arguments = {"x": x, **_added(before, out), "out": out, "rows": planes.rows, **_planes(planes)}
+    constants = {"ROWS": rows, "TOKENS": tokens, "ADDS": before is not None, "PLAN": plan(planes, lanes)}
     return Launch("gemv", (-(-planes.rows // rows),), arguments, constants)
 
 
@@ -102,12 +104,18 @@ def gate_up(x: Tensor, experts: Tensor, planes: Planes, out: Tensor, lanes: int 
     return Launch("gate_up", (tokens * choices, -(-inner // (rows // 2))), arguments, constants)
 
 
-def down(x: Tensor, experts: Tensor, weights: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
-    """out [T, D] of x [T, K, F], experts and weights [T, K]."""
+def down(
+    x: Tensor, experts: Tensor, weights: Tensor, planes: Planes, out: Tensor, before: Tensor | None = None,
+    lanes: int = LANES,
+) -> Launch:  # fmt: skip
+    """out [T, D] of x [T, K, F], experts and weights [T, K], added to `before` if that is given."""
     tokens, rows = out.shape
-    arguments: Arguments = {"x": x, "experts": experts, "weights": weights, "out": out, "rows": rows, **_planes(planes)}
+    arguments: Arguments = {
+        "x": x, "experts": experts, "weights": weights, **_added(before, out), "out": out, "rows": rows,
+        **_planes(planes),
+    }  # fmt: skip
     at_once = _rows(1, rows)
-    constants = {"CHOICES": experts.shape[1], "ROWS": at_once, "PLAN": plan(planes, lanes)}
+    constants = {"CHOICES": experts.shape[1], "ROWS": at_once, "ADDS": before is not None, "PLAN": plan(planes, lanes)}
     return Launch("down", (tokens, -(-rows // at_once)), arguments, constants)
 
 
@@ -136,24 +144,45 @@ def route(
     return Launch("route", (len(x),), arguments, constants, "routing", _ROUTING_WARPS)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: int, out: Tensor) -> tuple[Launch, Launch]:
-    """out [B, H, T, hd] of q and the first `length` columns of keys and values [B, G, capacity, hd]: two launches."""
+def normalise(x: Tensor, norm: Tensor, eps: float, out: Tensor) -> Launch:
+    """out [T, D] of x [T, D] and norm [D]."""
+    arguments: Arguments = {"x": x, "norm": norm, "out": out, "eps": eps}
+    constants = {"COLUMNS": x.shape[1], "TOGETHER": _ROUTED_COLUMNS}
+    return Launch("normalise", (len(x),), arguments, constants, "routing", _ROUTING_WARPS)
+
+
+def turn(
+    heads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], seen: Tensor, out: Tensor, keys: Tensor,
+    values: Tensor,
+) -> Launch:  # fmt: skip
+    """Of `heads` q [B, H, hd], k and v [B, G, hd], those of a text side by side, and `tables` cos and sin
+    [B or 1, capacity, hd / 2]: out [B, H, hd], and the last column that is seen [B, 2] of keys and values."""
+    q, k, v = heads
+    cos, sin = tables
+    arguments: Arguments = {
+        "q": q, "k": k, "v": v, "cos": cos, "sin": sin, "seen": seen, "out": out, "keys": keys, "values": values,
+        "of_q": q.stride(0), "of_k": k.stride(0), "of_v": v.stride(0),
+        "of_table": cos.stride(0) if len(cos) > 1 else 0, "capacity": keys.shape[2],
+    }  # fmt: skip
+    constants = {"HEADS": q.shape[1], "GROUPS": k.shape[1], "SIZE": q.shape[2]}
+    return Launch("turn", (len(q), q.shape[1] + 2 * k.shape[1]), arguments, constants, "turn")
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, out: Tensor) -> tuple[Launch, Launch]:
+    """out [B, H, T, hd] of q and the columns of keys and values [B, G, capacity, hd] that `seen` [B, 2] names: the
+    first, and the one after the last token's own. Two launches."""
     batch, heads, tokens, size = q.shape
     groups, capacity = keys.shape[1:3]
-    chunks = -(-length // CHUNK)
+    chunks = -(-capacity // CHUNK)
     largest, totals = q.new_empty((2, batch, heads, tokens, chunks), dtype=torch.float32)
     mixtures = q.new_empty((batch, heads, tokens, chunks, size), dtype=torch.float32)
-    parts: Arguments = {"largest": largest, "totals": totals, "mixtures": mixtures, "chunks": chunks}
-    arguments: Arguments = {"q": q, "keys": keys, "values": values, "length": length, "capacity": capacity,
-                            "scale": size**-0.5}  # fmt: skip
-    constants = {
-        "HEADS": heads, "GROUPS": groups, "QUERIES": _power(heads // groups), "TOKENS": tokens, "SIZE": size,
-        "CHUNK": CHUNK, "TOGETHER": _COLUMNS_TOGETHER,
-    }  # fmt: skip
+    parts: Arguments = {"seen": seen, "largest": largest, "totals": totals, "mixtures": mixtures, "chunks": chunks}
+    arguments: Arguments = {"q": q, "keys": keys, "values": values, "capacity": capacity, "scale": size**-0.5}
+    both = {"HEADS": heads, "TOKENS": tokens, "SIZE": size, "CHUNK": CHUNK}
+    constants = {**both, "GROUPS": groups, "QUERIES": _power(heads // groups), "TOGETHER": _COLUMNS_TOGETHER}
     grid = (batch * groups, tokens, chunks)
     first = Launch("attend", grid, {**arguments, **parts}, constants, "attend", _ATTENDING_WARPS)
-    rows = (batch * heads * tokens,)
-    return first, Launch("combine", rows, {**parts, "out": out}, {"SIZE": size}, "attend")
+    return first, Launch("combine", (batch * heads * tokens,), {**parts, "out": out}, both, "attend")
 
 
 def _power(least: int) -> int:
@@ -174,6 +203,14 @@ def _rows(tokens: int, most: int) -> int:
     while rows > most:
         rows //= 2
     return rows
+
+
+def _added(before: Tensor | None, out: Tensor) -> Arguments:
+    """What is not added is not looked at. Raises MixtoolsError where it lies where the result goes."""
+    if before is not None and (before.shape != out.shape or before.data_ptr() == out.data_ptr() != 0):
+        shapes = f"{list(before.shape)} to {list(out.shape)}"
+        raise MixtoolsError(f"what is added has the result's shape and lies apart, not {shapes}")
+    return {"before": out if before is None else before}
 
 
 def _planes(planes: Planes) -> Arguments:

@@ -43,10 +43,26 @@ def route(x: Tensor, norm: Tensor, router: Tensor, eps: float, choices: int) -> 
     return normed, weights, experts
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-    """q [B, H, T, hd] over keys and values [B, G, capacity, hd], whose first `length` columns are filled and the last T
-    of these q's own: softmax(q k' / sqrt(hd)) v, [B, H, T, hd]. hd a power of two."""
-    out: Tensor = gpu_attend(q, keys, values, length)
+def normalise(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """x [T, D] over its root mean square, rounded, times norm [D] of its dtype."""
+    out: Tensor = gpu_normalise(x, norm, eps)
+    return out
+
+
+def turn(
+    heads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], seen: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """`heads` q [B, H, hd], k and v [B, G, hd] of a new token of each text -> q turned; k, turned, and v go to the last
+    column seen of keys and values [B, G, capacity, hd]. `tables`: cosines and sines [B or 1, capacity, hd / 2]."""
+    out: Tensor = gpu_turn(*heads, *tables, seen, keys, values)
+    return out
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """q [B, H, T, hd] over the columns of keys and values [B, G, capacity, hd] that `seen` int32 [B, 2] names, the
+    first and the one after the last, the last T of them q's own: softmax(q k' / sqrt(hd)) v, [B, H, T, hd]. hd a power
+    of two."""
+    out: Tensor = gpu_attend(q, keys, values, seen)
     return out
 
 
@@ -167,28 +183,84 @@ def _(x: Tensor, norm: Tensor, router: Tensor, eps: float, choices: int) -> tupl
     return normed, weights, x.new_empty((len(x), choices), dtype=torch.int64)
 
 
+@torch.library.custom_op("mixtools::gpu_normalise", mutates_args=())
+def gpu_normalise(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    _check_x(x, 2, norm.numel(), x.dtype)
+    if norm.dtype != x.dtype or norm.ndim != 1:
+        raise MixtoolsError(f"norm {norm.dtype} {list(norm.shape)} does not fit x {x.dtype}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    launch.normalise(x.contiguous(), norm.contiguous(), eps, out).run()
+    return out
+
+
+@gpu_normalise.register_fake
+def _(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mixtools::gpu_turn", mutates_args=("keys", "values"))
+def gpu_turn(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    same = keys.shape == values.shape and k.shape == v.shape and cos.shape == sin.shape
+    if not (
+        same and q.ndim == k.ndim == cos.ndim == 3 and keys.ndim == 4 and _powers(q.shape[-1])
+        and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype and cos.dtype == sin.dtype == torch.float32
+        and k.shape == (len(q), keys.shape[1], q.shape[2]) and (len(keys), keys.shape[3]) == (len(q), q.shape[2])
+        and cos.shape[1:] == (keys.shape[2], q.shape[2] // 2) and len(cos) in (1, len(q))
+        and keys.is_contiguous() and values.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    ):  # fmt: skip
+        told = f"{q.dtype} {list(q.shape)} and {list(k.shape)} by tables {list(cos.shape)}"
+        raise MixtoolsError(f"no kernel turns {told} into a cache of {keys.dtype} {list(keys.shape)}")
+    _check_seen(seen, len(q))
+    _check_device(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads = tuple(one if one.stride()[1:] == (one.shape[2], 1) else one.contiguous() for one in (q, k, v))
+    launch.turn((heads[0], heads[1], heads[2]), (cos, sin), seen.contiguous(), out, keys, values).run()
+    return out
+
+
+@gpu_turn.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("mixtools::gpu_attend", mutates_args=())
-def gpu_attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-    whole = q.ndim == keys.ndim == 4 and keys.shape == values.shape and q.shape[-1] & (q.shape[-1] - 1) == 0
+def gpu_attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    whole = q.ndim == keys.ndim == 4 and keys.shape == values.shape and _powers(q.shape[-1])
     if not (
         whole
         and q.dtype == keys.dtype == values.dtype
         and (q.shape[0], q.shape[-1]) == (keys.shape[0], keys.shape[-1])
         and q.shape[1] % keys.shape[1] == 0
-        and 0 < q.shape[2] <= length <= keys.shape[2]
+        and 0 < q.shape[2] <= keys.shape[2]
     ):
-        told = f"{q.dtype} {list(q.shape)} over {length} columns of {keys.dtype} {list(keys.shape)}"
+        told = f"{q.dtype} {list(q.shape)} over {keys.dtype} {list(keys.shape)}"
         raise MixtoolsError(f"no kernel computes the attention of {told} and {values.dtype} {list(values.shape)}")
+    _check_seen(seen, len(q))
     _check_device(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for started in launch.attend(q.contiguous(), keys.contiguous(), values.contiguous(), length, out):
+    cache = keys.contiguous(), values.contiguous()
+    for started in launch.attend(q.contiguous(), *cache, seen.contiguous(), out):
         started.run()
     return out
 
 
 @gpu_attend.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def _(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _powers(size: int) -> bool:
+    return size > 1 and size & (size - 1) == 0
+
+
+def _check_seen(seen: Tensor, texts: int) -> None:
+    """What the numbers are stays on the card."""
+    if seen.dtype != torch.int32 or seen.shape != (texts, 2):
+        raise MixtoolsError(
+            f"columns seen by {texts} texts are int32 [{texts}, 2], not {seen.dtype} {list(seen.shape)}"
+        )
 
 
 def _check_x(x: Tensor, dimensions: int, columns: int, dtype: torch.dtype) -> None:

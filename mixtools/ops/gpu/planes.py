@@ -21,7 +21,7 @@ tensors are, a run of rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,12 @@ class Planes:
     def nbytes(self) -> int:
         return sum(part.numel() * part.itemsize for part in self.parts)
 
+    def matrices(self, first: int, count: int) -> Planes:
+        """Some of them, without a copy."""
+        each = self.rows // self.matrix_rows
+        parts = (part[len(part) // each * first : len(part) // each * (first + count)] for part in self.parts)
+        return replace(self, rows=count * self.matrix_rows, parts=tuple(parts))
+
     @property
     def unit(self) -> int:
         """Columns of a unit."""
@@ -99,14 +105,27 @@ def stack(matrices: Iterable[Planes], count: int) -> Planes:
         if first is None:
             first = matrix
             out = [part.new_empty((count * len(part), *part.shape[1:])) for part in matrix.parts]
-        same = (matrix.kind, matrix.rows, matrix.columns) == (first.kind, first.rows, first.columns)
-        if not same or index >= count:
+        if _alike(matrix) != _alike(first) or matrix.rows != first.rows or index >= count:
             raise MixtoolsError(f"matrix {index} does not belong to a stack of {count} of {first.kind}")
         for whole, part in zip(out, matrix.parts, strict=True):
             whole[index * len(part) : (index + 1) * len(part)] = part
     if first is None or index + 1 != count:
         raise MixtoolsError(f"a stack of {count} matrices lacks some")
     return replace(first, rows=count * first.rows, parts=tuple(out))
+
+
+def beside(matrices: Sequence[Planes]) -> Planes | None:
+    """Matrices of one kind and width, of any number of rows, one below the other as one matrix; None where they are not
+    so, or have tables of their own."""
+    if len(set(map(_alike, matrices))) > 1 or matrices[0].kind.name == "nf4":
+        return None
+    parts = tuple(torch.cat(part) for part in zip(*(matrix.parts for matrix in matrices), strict=True))
+    rows = sum(matrix.rows for matrix in matrices)
+    return replace(matrices[0], rows=rows, matrix_rows=rows, parts=parts)
+
+
+def _alike(matrix: Planes) -> tuple[object, ...]:
+    return matrix.kind, matrix.columns, *(part.dtype for part in matrix.parts)
 
 
 def dense(weight: Tensor) -> Planes:
@@ -129,11 +148,17 @@ def gptq(
     """
     columns, rows = qweight.shape[0] * 8, qweight.shape[1]
     length = columns if group == WHOLE_ROW else group
-    if g_idx is not None and not torch.equal(g_idx.cpu(), torch.arange(columns, dtype=g_idx.dtype) // length):
+    if g_idx is not None and not in_sequence(g_idx, group):
         raise TensorError("its columns are grouped out of sequence (act-order), which no kernel multiplies")
     words = _by_rows(rows, columns, lambda run: _pack(_nibbles(qweight[:, run].T.contiguous()), 4))
     zeros = _nibbles(qzeros).T  # [out, groups]
     return _int4(words, scales, zeros, columns, length, 0 if v2 else 1, symmetric)
+
+
+def in_sequence(g_idx: Tensor, group: int) -> bool:
+    """Whether columns, whose groups are g_idx [in], are grouped one after the other."""
+    length = len(g_idx) if group == WHOLE_ROW else group
+    return torch.equal(g_idx.cpu(), torch.arange(len(g_idx), dtype=g_idx.dtype) // length)
 
 
 def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group: int, symmetric: bool) -> Planes:
@@ -146,6 +171,17 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group: int, symmetri
 
     words = _by_rows(rows, columns, lambda run: _pack(codes(run), 4), step=8)
     return _int4(words, scales, _awq_rows(qzeros), columns, length, 0, symmetric)
+
+
+def compressed(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group: int) -> Planes:
+    """From compressed-tensors' parts of 4 bits: weight_packed [out, in / 8], weight_scale [out, groups], and, unless
+    symmetric, weight_zero_point [out / 8, groups]. Raises as `gptq`."""
+    rows, columns = packed.shape[0], packed.shape[1] * 8
+    words = _by_rows(rows, columns, lambda run: _pack(_nibbles(packed[run]), 4))
+    length = columns if group == WHOLE_ROW else group
+    if zeros is None:
+        return _int4(words, scales.T, torch.full_like(scales, 8, dtype=torch.uint8), columns, length, 0, True)
+    return _int4(words, scales.T, _nibbles(zeros.T.contiguous()).T, columns, length, 0, False)
 
 
 def nf4(
@@ -177,10 +213,10 @@ def nf4(
 
 def ggml(blocks: Tensor, type: DType) -> Planes:
     """From ggml's blocks uint8 [out, bytes of a row]. Raises MixtoolsError for a type that no kernel multiplies."""
-    if type not in _GGML:
-        raise MixtoolsError(f"no kernel multiplies {type.value} on a GPU; those of {', '.join(t.value for t in _GGML)}")
+    if type not in TYPES:
+        raise MixtoolsError(f"no kernel multiplies {type.value} on a GPU; those of {', '.join(t.value for t in TYPES)}")
     rows = len(blocks)
-    size, split = type.row_bytes(type.block), _GGML[type]
+    size, split = type.row_bytes(type.block), TYPES[type]
     columns = blocks.shape[1] // size * type.block
     runs = [split(blocks[run].view(-1, columns // type.block, size)) for run in _runs(rows, columns)]
     parts = tuple(torch.cat(part) if len(part) > 1 else part[0] for part in zip(*runs, strict=True))
@@ -338,7 +374,7 @@ def _q3_k(blocks: Tensor) -> tuple[Tensor, ...]:
     return _pack(_codes(blocks, 32, 64, 32, 2), 2), _pack(mixed, 1, 16), _f16(blocks, 108), lows, tops
 
 
-_GGML: dict[DType, Callable[[Any], tuple[Tensor, ...]]] = {
+TYPES: dict[DType, Callable[[Any], tuple[Tensor, ...]]] = {
     DType.Q4_0: _q4_0, DType.Q8_0: _q8_0, DType.Q2_K: _q2_k, DType.Q3_K: _q3_k, DType.Q4_K: _q4_k, DType.Q5_K: _q5_k,
     DType.Q6_K: _q6_k,
 }  # fmt: skip

@@ -37,19 +37,44 @@ def down(x: Tensor, experts: Tensor, weights: Tensor, planes: Planes, rows: int)
 
 def route(x: Tensor, norm: Tensor, router: Tensor, eps: float, choices: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, D] -> RMSNorm of it as x, weights fp32 and experts int64 [T, choices], the first of equals first."""
-    wide = x.float()
-    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm.to(x.dtype)
+    normed = normalise(x, norm, eps)
     logits = F.linear(normed.float(), router)
     experts = logits.sort(descending=True, stable=True).indices[:, :choices]
     return normed, logits.gather(1, experts).softmax(-1), experts
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-    """q [B, H, T, hd], keys and values [B, G, capacity, hd] -> fp64 [B, H, T, hd]; a token sees all up to itself."""
+def normalise(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """x [T, D] -> RMSNorm of it as x."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm.to(x.dtype)
+
+
+def turn(
+    heads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], seen: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """q [B, H, hd], k and v [B, G, hd] -> q turned; k, turned, and v into keys and values [B, G, capacity, hd]."""
+    q, k, v = heads
+    text, column = torch.arange(len(q), device=q.device), seen[:, 1].long() - 1
+    cos, sin = (table.expand(len(q), -1, -1)[text, column][:, None] for table in tables)  # [B, 1, hd/2]
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+    keys[text, :, column], values[text, :, column] = turned(k), v
+    return turned(q)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """q [B, H, T, hd], keys and values [B, G, capacity, hd] -> fp64 [B, H, T, hd]; a token sees all of seen [B, 2] up
+    to itself."""
     tokens, shared = q.shape[2], q.shape[1] // keys.shape[1]
-    k, v = (one[:, :, :length].double().repeat_interleave(shared, 1) for one in (keys, values))
-    row = torch.arange(length - tokens, length, device=q.device)[:, None]
-    hidden = torch.arange(length, device=q.device)[None] > row
+    first, end = (seen[:, which, None, None].long() for which in (0, 1))  # [B, 1, 1]
+    column = torch.arange(keys.shape[2], device=q.device)
+    own = end - tokens + torch.arange(tokens, device=q.device)[:, None]  # [B, T, 1]
+    hidden = ((column > own) | (column < first))[:, None]
+    filled = (column < end)[:, None, 0, :, None]
+    k, v = (torch.where(filled, one.double(), 0).repeat_interleave(shared, 1) for one in (keys, values))
     scores = (q.double() @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
     out: Tensor = scores.softmax(-1) @ v
     return out

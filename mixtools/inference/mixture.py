@@ -1,0 +1,63 @@
+"""Many tokens through their experts: sorted by expert, one grouped product for all, back in order, summed in order.
+
+    experts [N, K] ─► pairs sorted by expert ─► x of each pair ─► gate+up of all ─► down of all ─► pairs in order ─► sum
+
+No atomics and no masks: a sum is taken in the order of a token's choices. On a GPU nothing waits for the CPU, which
+does not learn how many tokens an expert has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mixture(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Callable[[], Tensor], down: Callable[[], Tensor]
+) -> Tensor:
+    """x [N, D], weights fp32 and experts [N, K] -> [N, D]. `gate_up` and `down` give the matrices [E, 2F, D] and
+    [E, D, F] of x's dtype: each is asked for once, when it is needed, and not held."""
+    order, ends, count = _sorted(experts, gate_up_of := gate_up())
+    inner = grouped(x[order // experts.shape[1]], gate_up_of, ends)
+    del gate_up_of
+    gate, up = inner.chunk(2, dim=-1)
+    inner = F.silu(gate).mul_(up)
+    del gate, up
+    made = grouped(inner, down(), ends)
+    pairs = torch.empty_like(made)
+    pairs[order] = made
+    out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
+    for choice in range(count):
+        out.addcmul_(pairs.view(*experts.shape, -1)[:, choice].float(), weights[:, choice, None])
+    return out.to(x.dtype)
+
+
+def _sorted(experts: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The pairs [N*K] in their experts' order, where each expert's end [E], int32, and K."""
+    expert_of, order = experts.flatten().sort(stable=True)
+    numbers = torch.arange(1, len(matrices) + 1, device=experts.device)
+    ends = torch.searchsorted(expert_of, numbers).int()
+    return order, ends, experts.shape[1]
+
+
+def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [M, in] up to ends[e] (from where e - 1 ends) times matrices [E, out, in], transposed -> [M, out]."""
+    if _in_one(x):
+        out: Tensor = torch._grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+        return out
+    parts, start = [], 0
+    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+        parts.append(F.linear(x[start:end], matrix))
+        start = end
+    return torch.cat(parts)
+
+
+def _in_one(x: Tensor) -> bool:
+    """Whether torch multiplies groups in one: bf16 on NVIDIA's cards from Hopper on, rows that are a multiple of 16
+    bytes."""
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.shape[1] % 8 or not hasattr(torch, "_grouped_mm"):
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)

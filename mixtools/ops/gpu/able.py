@@ -1,0 +1,28 @@
+"""Whether a device can run the kernels, and if not, why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+LEAST = (8, 0)  # compute capability: bf16 needs it
+
+
+def problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, in a few words; None where they can.
+
+    A CPU can in Triton's interpreter alone, which is for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "kernels of a GPU do not run on a CPU"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < LEAST:
+        has, needs = (".".join(map(str, version)) for version in (capability, LEAST))
+        return f"{torch.cuda.get_device_name(device)} is too old: compute capability {has}, and bf16 needs {needs}"
+    return None
