@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ import mixtools
 from mixtools.errors import MemoryBudgetError, MixtoolsError, TensorError
 from mixtools.formats import Nf4
 from mixtools.inference import loading, planes
+from mixtools.inference.arriving import packed_layers
 from mixtools.inference.generate import Options, generate, prefill
+from mixtools.inference.lane import Lane
 from mixtools.inference.loading import PlanesMixtral
 from mixtools.inference.model import Cache, Mixtral
 from mixtools.inference.planes import PlanesLayer
@@ -31,6 +34,7 @@ from mixtools.ops.gpu import launch
 from mixtools.scaling import RopeScaling
 from mixtools.storage.dtypes import DType
 
+NANO = Path(__file__).resolve().parents[1] / "data" / "nano-mixtral"
 # an interpreted program takes milliseconds: small models
 DIMS = make.Dims(d=64, f=64, layers=1, heads=4, kv=2, hd=16, vocab=24, experts=3)
 BLOCKY = make.Dims(d=256, f=32, layers=1, heads=4, kv=1, hd=64, vocab=9, experts=2)  # rows fit blocks of 256
@@ -270,6 +274,20 @@ def test_matrices_take_what_they_take_on_disk(opened, name, bits):
     assert held <= told * 1.001 + 64 * len(of)
 
 
+@pytest.mark.parametrize("name", ["Q4_K_M", "gptq"])
+def test_what_is_told_is_what_the_model_takes(opened, name):
+    checkpoint = opened(name)
+    model = loading.load(checkpoint, dtype=torch.bfloat16)
+    assert isinstance(model, PlanesMixtral)
+    table, layers, head = model._step
+    of = [one for layer in layers for one in (*layer.qkv, layer.o, layer.gate_up, layer.down)] + [head.planes]
+    rest = [table, head.norm, *(one for layer in layers for one in (layer.attention_norm, layer.ffn_norm))]
+    held = sum(one.nbytes for one in of) + sum(one.nbytes for one in rest)
+    routers = sum(layer.router.numel() * 2 for layer in layers)
+    told = planes.held_bytes(checkpoint, checkpoint.slots(), 2)
+    assert held + routers <= told * 1.001 + 64 * len(of) and held + routers > 0.75 * told
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(opened, monkeypatch):
     checkpoint = opened("gptq")
     need = planes.held_bytes(checkpoint, checkpoint.slots(), 2)
@@ -316,3 +334,45 @@ def test_a_full_cache_is_refused(opened):
     ours(ids(3, DIMS.vocab), kept)
     with pytest.raises(MixtoolsError, match="the cache of 3 columns is full"):
         ours.step(torch.tensor([1]), kept)
+
+
+class Log:
+    """Where a lane would be: what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def free(self) -> str:
+        self.log.append("free")
+        return f"free {self.log.count('free')}"
+
+    def after(self, event: str) -> None:
+        self.log.append(f"after {event}")
+
+    def start(self, work: Callable[[], object]) -> str:
+        work()
+        self.log.append("copied")
+        return "copied"
+
+    def arrived(self, event: str) -> None:
+        self.log.append(f"arrived {event}")
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_packed_layers_by_a_lane_wait_for_those_before(double):
+    """One is loaded when what ran before it is done, and runs when it is there; with `double` while another runs."""
+    checkpoint = open_checkpoint(NANO)
+    lane = Log()
+    for layer in packed_layers(
+        checkpoint, range(2), torch.device("cpu"), torch.bfloat16, cast("Lane", lane), double=double
+    ):
+        lane.log.append(f"runs {layer.index}")
+        assert isinstance(layer, PlanesLayer)
+    inner = [entry for entry in lane.log if entry != "free"]
+    wanted = ["after free 1", "copied", "arrived copied"]
+    assert inner[:3] == wanted and lane.log.count("free") == 2
+    assert inner.index("after free 2") < len(inner) - 1 - inner[::-1].index("copied")
+    seen = [entry for entry in inner if entry.startswith(("runs", "arrived"))]
+    assert seen == ["arrived copied", "runs 0", "arrived copied", "runs 1"]
+    if not double:
+        assert lane.log.index("runs 0") < [n for n, entry in enumerate(lane.log) if entry == "free"][1]
