@@ -183,6 +183,7 @@ def talker(
     from ..hub.opening import open_model
     from ..inference.generate import Options
     from ..inference.loading import load
+    from ..ops.gpu import able
     from ..text.tokenizer import Tokenizer
     from .measuring import with_experts
 
@@ -199,5 +200,5 @@ def talker(
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
     loaded = load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
     checkpoint.finish()
-    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted) if told)
+    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted, able.remark(where)) if told)
     return Talker(loaded, tokenizer, how, notes, stops, parse_special)

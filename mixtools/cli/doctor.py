@@ -65,11 +65,23 @@ def examine() -> dict[str, Any]:
         "cpu": {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                 "torch_threads": torch.get_num_threads(), "torch_capability": torch.backends.cpu.get_cpu_capability()},
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "gpu": {"problems": _gpu_problems(), "triton": _version("triton")},
+        "gpu": _gpu(),
         "mps": torch.backends.mps.is_available(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
     }  # fmt: skip
+
+
+def _gpu() -> dict[str, Any]:
+    """`kernels`: what the GPU's are for, where a card can run them."""
+    import torch
+
+    from ..ops.gpu import able
+
+    problems = _gpu_problems()
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    fit = any(able.problem(torch.device("cuda", index)) is None for index in range(cards))
+    return {"problems": problems, "triton": _version("triton"), "kernels": able.kernels() if fit else {}}
 
 
 def _gpu_problems() -> list[str]:
@@ -111,6 +123,8 @@ def _tell(document: dict[str, Any]) -> Iterator[str]:
     cpu = document["cpu"]
     yield f"  {'cpu':<16} {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads, {cpu['torch_capability']}"
     yield f"  {'cuda':<16} {', '.join(document['cuda']) or 'no device'}"
+    for work, formats in document["gpu"]["kernels"].items():
+        yield f"  {'gpu ' + work:<16} {', '.join(formats)}"
     for problem in document["gpu"]["problems"]:
         yield f"  {'':<16} {problem}"
     yield f"  {'memory':<16} {human_bytes(document['memory_bytes'])}"

@@ -11,6 +11,7 @@ import torch
 from mixtools import rates
 from mixtools.cli import doctor
 from mixtools.cli.main import main
+from mixtools.ops.gpu import able
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -51,6 +52,15 @@ def test_work_is_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["blocks_bytes_per_second"]["Q4_K"] == 14336 * 16 * 144
 
 
+def test_a_card_without_kernels_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    told = able.remark(torch.device("cuda"))
+    assert told is not None and told.endswith("widened to 16 bits: Triton is not installed: pip install triton")
+    assert able.remark(torch.device("cpu")) is None
+    monkeypatch.setattr(able, "problem", lambda _: None)
+    assert able.remark(torch.device("cuda")) is None
+
+
 @pytest.mark.parametrize(
     ("cuda", "there", "capability", "said"),
     [
@@ -67,5 +77,7 @@ def test_why_no_card(monkeypatch: pytest.MonkeyPatch, cuda, there, capability, s
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(there))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old")
+    can = doctor._gpu()["kernels"]
+    assert ({"Q4_K", "nf4"} <= set(can["products"]) and "Q6_K" in can["encoders"]) if said is None else can == {}
     found = doctor._gpu_problems()
     assert found == [] if said is None else (len(found) == 1 and said in found[0])

@@ -26,3 +26,23 @@ def problem(device: torch.device) -> str | None:
         has, needs = (".".join(map(str, version)) for version in (capability, LEAST))
         return f"{torch.cuda.get_device_name(device)} is too old: compute capability {has}, and bf16 needs {needs}"
     return None
+
+
+def remark(device: torch.device) -> str | None:
+    """What a user of a card should know whose kernels cannot run; None where they can, and elsewhere."""
+    if device.type != "cuda" or (why := problem(device)) is None:
+        return None
+    return f"the GPU's kernels are left out, and packed matrices widened to 16 bits: {why}"
+
+
+def kernels() -> dict[str, list[str]]:
+    """What there are kernels for, as `mixtools doctor` tells it."""
+    from . import encoding, planes
+
+    blocks = [type.value for type in planes.TYPES]
+    four = [f"{name} in 4 bits" for name in ("GPTQ", "AWQ", "compressed-tensors")]
+    return {
+        "products": ["bf16", "fp16", "fp32", *four, "nf4", *blocks],
+        "encoders": [type.value for type in encoding.ENCODED],
+        "rounding": ["groups", "nf4", "int8", "every block type"],
+    }
