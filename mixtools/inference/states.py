@@ -26,15 +26,17 @@ class States:
     """
 
     def __init__(
-        self, lengths: Sequence[int], width: int, dtype: torch.dtype, layer: int = 0, spill: Path | None = None
-    ) -> None:
-        """`spill`: the folder for the file; None keeps all in memory. Raises DiskError if the folder has no room."""
+        self, lengths: Sequence[int], width: int, dtype: torch.dtype, layer: int = 0, spill: Path | None = None, *,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        """`spill`: the folder for the file; None keeps all in memory, that of `device`. Raises DiskError if the folder
+        has no room."""
         self.lengths, self.width, self.dtype, self.layer = tuple(lengths), width, dtype, layer
         self.starts = [0]  # of each sequence in the rows of all, and the end
         for length in lengths:
             self.starts.append(self.starts[-1] + length)
         self._row_bytes = width * dtype.itemsize
-        self._memory = torch.empty((0 if spill else self.starts[-1]), width, dtype=dtype)
+        self._memory = torch.empty((0 if spill else self.starts[-1]), width, dtype=dtype, device=device)
         self._file = _unnamed_file(spill, self.starts[-1] * self._row_bytes) if spill else None
 
     @property
@@ -47,7 +49,7 @@ class States:
 
     @property
     def memory_bytes(self) -> int:
-        """What of the process's memory these states take."""
+        """What of the memory of a run these states take."""
         return self._memory.nbytes
 
     def __len__(self) -> int:

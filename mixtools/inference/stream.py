@@ -169,7 +169,8 @@ class Stream:
         return packed_layers(self.reader, range(first, stop), self.device, self.dtype, self._lane(), double=plan.double)
 
     def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
-        return States(lengths, self.config.hidden_size, self.dtype, layer, self.spill if plan.spilled else None)
+        spill = self.spill if plan.spilled else None
+        return States(lengths, self.config.hidden_size, self.dtype, layer, spill, device=self.device)
 
     def layers(self, first: int, stop: int, *, double: bool = True, reuse: bool = False) -> Iterator[Arriving]:
         """Layers first .. stop-1. Each is valid until the next is asked for.
