@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Q4_K, Q5_K and Q2_K: value = scale * level - min in sub-blocks of 32 or 16, as kernels/affine_fit.h and
 kernels/encode_affine.h have it, operation by operation.
 

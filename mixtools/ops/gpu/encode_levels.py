@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The last step for blocks of 256: each value's level under its sub-block's rounded scale (and min), packed as
 ggml-common.h of https://github.com/ggml-org/llama.cpp has it. Where a scale was rounded to zero, the levels of its fit
 stay.

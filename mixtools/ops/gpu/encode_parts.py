@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """What the encoders share: numbers as the CPU's kernels see them (kernels/lanes.h), sums in sequence, and the search
 for one scale (kernels/symmetric_fit.h).
 

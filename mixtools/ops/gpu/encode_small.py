@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Q8_0 and Q4_0: value = scale * level in blocks of 32, as kernels/encode_small.h has it, operation by operation.
 
 A program takes some blocks, a lane some values of one; in the search by importance, a lane has a block.

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Q3_K and Q6_K: value = scale * level in sub-blocks of 16, as kernels/symmetric_fit.h and kernels/encode_symmetric.h
 have it, operation by operation.
 
