@@ -62,7 +62,7 @@ def test_values(kind):
     assert torch.equal(library.unpack(made, torch.float32), reference.values(made))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8] if CARD else [2])
+@pytest.mark.parametrize("tokens", [1, 8] if CARD else [2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products(kind, tokens):
     made, x = make(kind, 6144 if CARD else 32, HIDDEN, DEVICE), inputs(tokens, HIDDEN)
