@@ -6,9 +6,7 @@ As targets.py, whose process for interpreting is not the one for compiling, eith
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from gpu.targets import HIDDEN, INNER, ROOT, TARGETS, TRITON, build, disassembled, instructions
+from gpu.targets import HIDDEN, INNER, TARGETS, build, disassembled, in_compiler, instructions
 
 from mixtools.ops.gpu import encoding
 from mixtools.ops.gpu.launch import Launch
@@ -53,14 +51,7 @@ class Code:
 
 def compiled(cases: Sequence[Case]) -> dict[Case, list[Code]]:
     """Triton keeps what was compiled, until its source changes."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, ROOT / "tests", ROOT)))
-    environment["TRITON_CACHE_DIR"] = str(TRITON / "compiled")
-    asked = json.dumps([asdict(case) for case in cases])
-    done = subprocess.run(
-        [sys.executable, __file__], input=asked, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    found = json.loads(done.stdout)
+    found = in_compiler(__file__, cases)
     return {case: [Code(**code) for code in codes] for case, codes in zip(cases, found, strict=True)}
 
 

@@ -6,9 +6,7 @@ As targets.py, whose process this one is like: the tests' own interprets kernels
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from gpu.targets import ROOT, TARGETS, TRITON, NoDriver, disassembled, instructions, loop
+from gpu.targets import TARGETS, NoDriver, disassembled, in_compiler, instructions, loop
 from torch import Tensor
 
 from mixtools.ops.gpu import round
@@ -60,14 +58,7 @@ class Code:
 
 def compiled(cases: Sequence[Case]) -> dict[Case, Code]:
     """In a process of its own; Triton keeps what was compiled, until its source changes."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, ROOT / "tests", ROOT)))
-    environment["TRITON_CACHE_DIR"] = str(TRITON / "compiled")
-    done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps([asdict(case) for case in cases]), env=environment,
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return {case: Code(**code) for case, code in zip(cases, json.loads(done.stdout), strict=True)}
+    return {case: Code(**code) for case, code in zip(cases, in_compiler(__file__, cases), strict=True)}
 
 
 # --- in the process that compiles ------------------------------------------------------------------------------------

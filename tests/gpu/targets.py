@@ -28,7 +28,7 @@ from mixtools.ops.gpu.launch import Launch
 from mixtools.ops.gpu.planes import Planes
 
 ROOT = Path(__file__).resolve().parents[2]
-TRITON = ROOT / ".venv-triton"
+TRITON = Path(os.environ.get("MIXTOOLS_TRITON") or ROOT / ".venv-triton")  # where it is installed: any version to try
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64),
 }  # fmt: skip
@@ -78,21 +78,21 @@ class Code:
 
 def compiled(cases: Sequence[Case]) -> dict[Case, Code]:
     """Triton keeps what was compiled, until its source changes."""
-    return {case: Code(**code) for case, code in zip(cases, _asked(cases), strict=True)}
+    return {case: Code(**code) for case, code in zip(cases, in_compiler(__file__, cases), strict=True)}
 
 
 def startable(cases: Sequence[Case]) -> dict[Case, bool]:
     """See started_as_users_start_it."""
-    return dict(zip(cases, _asked(cases, "--start"), strict=True))
+    return dict(zip(cases, in_compiler(__file__, cases, "--start"), strict=True))
 
 
-def _asked(cases: Sequence[Case], *arguments: str) -> list[Any]:
-    """Of a process of its own."""
+def in_compiler(script: str, cases: Sequence[Any], *arguments: str) -> list[Any]:
+    """What a script answers of cases, dataclasses, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, ROOT / "tests", ROOT)))
     environment["TRITON_CACHE_DIR"] = str(TRITON / "compiled")
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], input=json.dumps([asdict(case) for case in cases]), env=environment,
+        [sys.executable, script, *arguments], input=json.dumps([asdict(case) for case in cases]), env=environment,
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found: list[Any] = json.loads(done.stdout)

@@ -38,14 +38,14 @@ def values(x, place):
 @triton.jit
 def nearest(v):
     """The nearest integer, half to even; wraps beyond 22 bits, and makes 0 of a NaN."""
-    bits = (tl.where(v == v, v, 0.0) + MAGIC).to(tl.int32, bitcast=True)  # noqa: PLR0124
+    bits = (tl.where(v == v, v, 0.0) + MAGIC).to(tl.int32, bitcast=True)  # noqa: PLR0124 (a NaN is not itself)
     return (bits & 0x7FFFFF) - 0x400000
 
 
 @triton.jit
 def nearest_level(v, LOW: tl.constexpr, HIGH: tl.constexpr):
     """min(max(nearest(v), LOW), HIGH) as fp32, without a conversion."""
-    bits = (tl.where(v == v, v, 0.0) + MAGIC).to(tl.int32, bitcast=True)  # noqa: PLR0124
+    bits = (tl.where(v == v, v, 0.0) + MAGIC).to(tl.int32, bitcast=True)  # noqa: PLR0124 (a NaN is not itself)
     wrapped = ((bits & 0x7FFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
     return tl.minimum(tl.maximum(wrapped, MAGIC + LOW), MAGIC + HIGH) - MAGIC
 
@@ -73,7 +73,7 @@ def half_bits(v):
     rounded = (positive.to(tl.float32, bitcast=True) + shift).to(tl.int32, bitcast=True)
     half = ((exponent - (113 << 23)) >> 13) + (rounded - shift.to(tl.int32, bitcast=True))
     half = tl.where(positive < (143 << 23), half, 0x7C00)
-    return tl.where(v == v, half | ((bits >> 16) & 0x8000), 0xFE00)  # noqa: PLR0124
+    return tl.where(v == v, half | ((bits >> 16) & 0x8000), 0xFE00)  # noqa: PLR0124 (a NaN is not itself)
 
 
 @triton.jit

@@ -36,8 +36,10 @@ def products(x, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
     WHOLE: tl.constexpr = UNITS % TOGETHER == 0 and not PLAN.ragged
     # x of 16 bits comes in 16 bytes a thread, too: the columns of two codes of a word
     STEP: tl.constexpr = 8 if x.dtype.element_ty.primitive_bitwidth == 16 and UNIT > 8 else PLAN.wide
+    KIND: tl.constexpr = PLAN.kind  # by name: Triton before 3.7 passes no attribute on as a constant
+    WIDE: tl.constexpr = PLAN.wide
     place = tl.arange(0, STEP)[None, :]
-    none = tl.zeros((row.shape[0], TOGETHER, PLAN.wide), tl.float32)
+    none = tl.zeros((row.shape[0], TOGETHER, WIDE), tl.float32)
     sums = (none,) * TOKENS
     for start in range(0, UNITS, TOGETHER):
         unit = start + tl.arange(0, TOGETHER)
@@ -52,7 +54,7 @@ def products(x, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
                     part = tl.load(x + token * PLAN.columns + column, mask=column < PLAN.columns, other=0.0)
                 parts = parts + (part,)
             if PLAN.wide == STEP:
-                sums = _more(sums, value(loaded, nought, PLAN.kind, j), parts, TOKENS)
+                sums = _more(sums, value(loaded, nought, KIND, j), parts, TOKENS)
             else:
                 firsts = ()
                 seconds = ()
@@ -60,8 +62,8 @@ def products(x, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
                     first, second = tl.split(tl.permute(tl.reshape(parts[token], (TOGETHER, 2, 4)), (0, 2, 1)))
                     firsts = firsts + (first,)
                     seconds = seconds + (second,)
-                sums = _more(sums, value(loaded, nought, PLAN.kind, 2 * j), firsts, TOKENS)
-                sums = _more(sums, value(loaded, nought, PLAN.kind, 2 * j + 1), seconds, TOKENS)
+                sums = _more(sums, value(loaded, nought, KIND, 2 * j), firsts, TOKENS)
+                sums = _more(sums, value(loaded, nought, KIND, 2 * j + 1), seconds, TOKENS)
     return sums
 
 
@@ -126,8 +128,9 @@ def unpack(out, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, PLAN: tl.constexpr
     of units taken together."""
     row = tl.minimum(tl.program_id(0) * ROWS, rows - ROWS).to(tl.int64) + tl.arange(0, ROWS)
     unit = tl.program_id(1) * PLAN.together + tl.arange(0, PLAN.together)
+    KIND: tl.constexpr = PLAN.kind
     loaded = load((p0, p1, p2, p3, p4), row, tl.minimum(unit, PLAN.units - 1), PLAN)
     for j in tl.static_range(PLAN.unit // PLAN.wide):
         column = (unit * PLAN.unit + j * PLAN.wide)[None, :, None] + tl.arange(0, PLAN.wide)[None, None, :]
-        made = value(loaded, rows >> 31, PLAN.kind, j).to(out.dtype.element_ty)
+        made = value(loaded, rows >> 31, KIND, j).to(out.dtype.element_ty)
         tl.store(out + (row * PLAN.columns)[:, None, None] + column, made, mask=column < PLAN.columns)
