@@ -16,6 +16,7 @@ import importlib
 import inspect
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class Verb:
         return "\n\n".join(paragraphs[: max(examples, default=0) + 1])
 
 
-class Result:
+class Result(ABC):
     """What a verb found or did: typed fields, one JSON document, and lines for people.
 
     `notes` are asides that a person should see and no script needs; `exit_code` is the command's.
@@ -96,13 +97,13 @@ class Result:
         return 0
 
     @property
+    @abstractmethod
     def document(self) -> dict[str, Any]:
         """Ready for JSON (what the command prints with --json)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self) -> Iterator[str]:
         """What the command prints."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

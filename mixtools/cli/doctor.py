@@ -73,29 +73,21 @@ def examine() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """`kernels`: what the GPU's are for, where a card can run them."""
+    """`problems`: why the GPU's kernels cannot run here, one of the machine or one of each card that cannot; `kernels`:
+    what they are for, where a card can run them."""
     import torch
 
     from ..ops.gpu import able
 
-    problems = _gpu_problems()
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    fit = any(able.problem(torch.device("cuda", index)) is None for index in range(cards))
-    return {"problems": problems, "triton": _version("triton"), "kernels": able.kernels() if fit else {}}
-
-
-def _gpu_problems() -> list[str]:
-    """Why the GPU's kernels cannot run here: one of the machine, or one of each card that cannot."""
-    import torch
-
-    from ..ops.gpu import able
-
+    each: list[str | None]
     if torch.version.cuda is None and torch.version.hip is None:
-        return ["this torch is a build for CPUs alone"]
-    if not torch.cuda.is_available():
-        return ["torch finds no card: none is there, or its driver is missing or older than this torch"]
-    each = (able.problem(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
-    return [*dict.fromkeys(told for told in each if told)]
+        each = ["this torch is a build for CPUs alone"]
+    elif not torch.cuda.is_available():
+        each = ["torch finds no card: none is there, or its driver is missing or older than this torch"]
+    else:
+        each = [able.problem(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    problems = [*dict.fromkeys(told for told in each if told)]
+    return {"problems": problems, "triton": _version("triton"), "kernels": able.kernels() if None in each else {}}
 
 
 def _measured() -> dict[str, Any]:

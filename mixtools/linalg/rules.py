@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,15 +14,15 @@ from .bulk import Bulk
 from .spectrum import FloatArray, Spectrum
 
 
-class RankRule:
+class RankRule(ABC):
     """Chooses how many singular values stay."""
 
     name: ClassVar[str]
     needs_covariance: ClassVar[bool] = False
 
+    @abstractmethod
     def rank(self, spectrum: Spectrum, bulk: Bulk, lost: FloatArray | None = None) -> int:
         """0 to min(m, n). `lost` is output_errors(): only rules with `needs_covariance` read it."""
-        raise NotImplementedError
 
     def require(self, has_covariance: bool) -> None:
         """Raises UsageError if the rule cannot do without a covariance and there is none."""
@@ -32,8 +33,8 @@ class RankRule:
 class ThresholdRule(RankRule):
     """Keeps what lies above a threshold, and above what rounding alone could be."""
 
-    def threshold(self, bulk: Bulk) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def threshold(self, bulk: Bulk) -> float: ...
 
     def rank(self, spectrum: Spectrum, bulk: Bulk, lost: FloatArray | None = None) -> int:
         return int((spectrum.values > max(self.threshold(bulk), spectrum.floor, spectrum.rounding)).sum())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import MixtoolsError
 from . import cpu
+from .gpu import able
 from .gpu import round as gpu
 
 MOST_COLUMNS, MOST_LEVELS, _FARTHEST = 512, 256, 1 << 20  # of a block; of a grid; of a level from zero
@@ -109,7 +110,7 @@ def _round_by_kernel(block: Block, table: Tensor | None, count: int, low: int, t
 
 def _way(device: torch.device) -> Callable[[Block, Tensor | None, int, int], None]:
     """How a block is rounded that is not on the CPU."""
-    return _round_on_gpu if device.type == "cuda" and gpu.usable() else _round_by_torch
+    return _round_by_torch if able.problem(device) else _round_on_gpu
 
 
 def _round_on_gpu(block: Block, table: Tensor | None, count: int, low: int) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -383,20 +382,3 @@ def _expect_file(path: Path, option: Option, made: Mapping[Path, str], place: st
 def values(found: Any) -> list[str]:
     """Of an option that takes one, or several."""
     return [str(value) for value in found] if isinstance(found, list) else [str(found)]
-
-
-def as_command(step: Step) -> str:
-    """The step as one would type it."""
-    words = ["mixtools", *step.verb.name.split()]
-    flags: list[str] = []
-    for key, option in step.verb.options.items():
-        value = step.options.get(key)
-        if key in ("src", "output", "outputs", "repo") or (key == "out" and option.required):
-            words += values(value)
-        elif value is not None and value != option.default:
-            flag = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                flags.append(flag if value else {"safetensors": "--pth"}.get(key, f"--no-{flag[2:]}"))
-            else:
-                flags += [part for item in (value if option.many else [value]) for part in (flag, str(item))]
-    return shlex.join(words + flags)

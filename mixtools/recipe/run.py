@@ -14,7 +14,7 @@ from ..options import Device, Jobs, MaxMemory, Overwrite, Resume
 from ..progress import Callback, Progress
 from ..verbs import Option, Result
 from ..verbs import Verb as Function
-from . import made, resolve, schema
+from . import made, resolve, schema, spelling
 
 _RECIPE = "A YAML file, or a name of `mixtools recipe ls`."
 OnStep = Callable[["Done"], None]
@@ -65,7 +65,7 @@ class Ran(Result):
 
     def lines(self) -> Iterator[str]:
         if self.dry_run:
-            yield from (resolve.as_command(step) for step in self.planned)
+            yield from (spelling.as_command(step) for step in self.planned)
         for done in self.steps:
             yield from done.lines()
 

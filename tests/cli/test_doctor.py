@@ -77,7 +77,7 @@ def test_why_no_card(monkeypatch: pytest.MonkeyPatch, cuda, there, capability, s
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(there))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old")
-    can = doctor._gpu()["kernels"]
+    told = doctor._gpu()
+    can, found = told["kernels"], told["problems"]
     assert ({"Q4_K", "nf4"} <= set(can["products"]) and "Q6_K" in can["encoders"]) if said is None else can == {}
-    found = doctor._gpu_problems()
     assert found == [] if said is None else (len(found) == 1 and said in found[0])

@@ -25,7 +25,7 @@ from torch import Tensor
 from mixtools.errors import MixtoolsError
 from mixtools.ops import feedback
 from mixtools.ops.feedback import Block, round_block
-from mixtools.ops.gpu import launch, round
+from mixtools.ops.gpu import able, launch, round
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # scales of zero, as numpy has it
 
@@ -223,10 +223,10 @@ def test_the_operation_hands_its_blocks_over(levels):
 
 
 def test_which_devices_the_kernel_is_for(monkeypatch):
-    assert feedback._way(torch.device("cuda", 1)) is feedback._round_on_gpu
     assert feedback._way(torch.device("mps")) is feedback._round_by_torch
-    monkeypatch.setattr(round, "usable", lambda: False)
-    assert feedback._way(torch.device("cuda")) is feedback._round_by_torch
+    for problem, way in ((None, feedback._round_on_gpu), ("too old", feedback._round_by_torch)):
+        monkeypatch.setattr(able, "problem", lambda _, problem=problem: problem)
+        assert feedback._way(torch.device("cuda", 1)) is way
 
 
 def test_without_triton_it_is_told(monkeypatch):

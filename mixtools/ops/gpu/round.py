@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -12,12 +9,6 @@ from . import launch
 from .launch import Arguments, Launch
 
 TILE = 8  # columns whose sums, scales and errors are in registers together: sixteen would spill
-
-
-@cache
-def usable() -> bool:
-    """Whether there is Triton."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def round_blocks(
