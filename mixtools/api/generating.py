@@ -182,7 +182,7 @@ def talker(
     from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.generate import Options
-    from ..inference.loading import load
+    from ..inference.loading import load, widened
     from ..ops.gpu import able
     from ..text.tokenizer import Tokenizer
     from .measuring import with_experts
@@ -200,5 +200,6 @@ def talker(
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
     loaded = load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
     checkpoint.finish()
-    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted, able.remark(where)) if told)
+    wide = able.remark(where) or widened(checkpoint, loaded)
+    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted, wide) if told)
     return Talker(loaded, tokenizer, how, notes, stops, parse_special)

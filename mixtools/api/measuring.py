@@ -94,7 +94,6 @@ def perplexity(
     from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.stream import Stream
-    from ..ops.gpu import able
     from ..text.reading import line_ends, read_text
     from ..text.tokenizer import Tokenizer
 
@@ -112,7 +111,7 @@ def perplexity(
     )  # fmt: skip
     found = engine.measure(stream, windows, engine.spell(tokenizer, ids, windows)).document()
     checkpoint.finish()
-    remarks = [told for told in (rerouted, line_ends(content), able.remark(where), *found["remarks"]) if told]
+    remarks = [told for told in (rerouted, line_ends(content), *found["remarks"]) if told]
     notes = (*checkpoint.remarks, *([remark] if remark else []))
     return Measured(**{**found, "remarks": tuple(remarks)}, notes=notes)
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, MemoryBudgetError, UsageError
-from ..inference import budget
+from ..inference import loading
 from ..inference.generate import EOS, Options, generate
-from ..inference.model import Mixtral
 from ..inference.stream import Stream
 from ..text.reading import read_text
 from .parity import Forced
@@ -96,7 +95,7 @@ def _fits(source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size * columns
     room = None if source.max_memory is None else source.max_memory - cache
     try:
-        budget.check(source.reader, size, room)
+        loading.check(source.reader, source.device, source.dtype, room, rounded=True)
     except MemoryBudgetError:
         return False
     return True
@@ -106,8 +105,8 @@ def _in_memory(
     source: Stream, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """With the end, which generate leaves out: that the source ended is a choice to compare, too."""
-    # dense, as the stream that the output is compared with reads the source: its roundings and no others
-    model = Mixtral.load(source.reader, source.device, source.dtype, packed=False)
+    # rounded, as the stream that the output is compared with reads the source: its roundings and no others
+    model = loading.load(source.reader, source.device, source.dtype, rounded=True)
     texts = generate(model, prompts, Options(max_new_tokens=new_tokens, stop=()))
     return [text[: next((at + 1 for at, token in enumerate(text) if token in ends), None)] for text in texts]
 

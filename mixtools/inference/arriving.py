@@ -1,7 +1,7 @@
 """Layers while they are read: on a thread of their own, ahead of the run that needs them.
 
 reader's thread: a tensor at a time, in the order in which they are needed ─► the layer's memory
-                 to a GPU by a lane; what is packed goes there so, and is widened there, or stays so (PackedAhead)
+                 to a GPU by a lane; what is packed goes there so, and is widened there, or stays so
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def packed_layers(
 
     def load(index: int, free: Event | None) -> tuple[PlanesLayer, Event | None]:
         if lane is None or free is None:
-            return PlanesLayer.load(reader, index, device, dtype), None
+            return PlanesLayer.load(reader, index, device, dtype, rounded=True), None
         # its memory may be that of the layer before the last, which is still computed with
         lane.after(free)
         made: list[PlanesLayer] = []
-        event = lane.start(lambda: made.append(PlanesLayer.load(reader, index, device, dtype)))
+        event = lane.start(lambda: made.append(PlanesLayer.load(reader, index, device, dtype, rounded=True)))
         return made[0], event
 
     with ThreadPoolExecutor(1, "mixtools-reader") as pool:

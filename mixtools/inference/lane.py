@@ -25,7 +25,7 @@ class Card:
 
     def line(self) -> Stream:
         """A new one."""
-        return Stream(self.device)  # type: ignore[no-untyped-call]
+        return Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it bare
 
     def current(self) -> Stream:
         """That of this thread."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..formats import Quantized
 from ..layouts.reader import Reader
-from ..names import Role, Slot
+from ..names import Role, Slot, layer_slots
 from ..ops.gpu import able
 from ..progress import Progress
-from . import budget, planes
+from . import blocks, budget, planes
 from .model import Cache, Embedding, Mixtral, copy
 from .planes import PlanesHead, PlanesLayer
 from .step import Step
@@ -20,12 +20,38 @@ from .watching import watched
 
 
 def load(
-    reader: Reader, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, *,
+    reader: Reader, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, *, rounded: bool = False,
     max_memory: int | None = None, progress: Progress | None = None,
 ) -> Mixtral:  # fmt: skip
-    """As Mixtral.load, or as PlanesMixtral.load on a GPU with kernels."""
-    kind = Mixtral if able.problem(torch.device(device)) else PlanesMixtral
-    return kind.load(reader, device, dtype, max_memory=max_memory, progress=progress)
+    """As Mixtral.load; in planes on a GPU with kernels.
+
+    `rounded`: weights are those of `dtype`, as a stream has them, not the formats' own where these have more digits.
+    """
+    where = torch.device(device)
+    if able.problem(where) is None:
+        return PlanesMixtral.read(reader, where, dtype, rounded=rounded, max_memory=max_memory, progress=progress)
+    return Mixtral.load(reader, where, dtype, packed=not rounded, max_memory=max_memory, progress=progress)
+
+
+def check(reader: Reader, device: torch.device, dtype: torch.dtype, max_memory: int | None, *, rounded: bool) -> None:
+    """Raises MemoryBudgetError if what `load` would hold exceeds `max_memory`."""
+    if able.problem(device) is not None:
+        packed = not rounded and device.type == "cpu"
+        return budget.check(reader, dtype.itemsize, max_memory, packed=packed)
+    size = dtype.itemsize
+    held = planes.held_bytes(reader, reader.config.slots(), size) + planes.scratch_bytes(reader, size)
+    return budget.check_held(held, max_memory)
+
+
+def widened(reader: Reader, model: Mixtral) -> str | None:
+    """What a user should know of matrices that are packed in the file and not in memory, told by the first layer's;
+    None where there are none."""
+    if not isinstance(reader, blocks.Storing):
+        return None
+    layer, slots = model.layers[0], layer_slots(0, reader.config.num_experts)
+    formats = {reader.format(slot) for slot in slots if not layer.packs(slot)}
+    named = sorted({f"{one.kind}, {one.about}" for one in formats if isinstance(one, Quantized)})
+    return f"widened when loaded, since no kernel here multiplies them: {'; '.join(named)}" if named else None
 
 
 class PlanesMixtral(Mixtral):
@@ -36,26 +62,21 @@ class PlanesMixtral(Mixtral):
         self._step = table, layers, head
 
     @classmethod
-    def load(
-        cls, reader: Reader, device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16, *,
-        packed: bool = True, max_memory: int | None = None, progress: Progress | None = None,
-    ) -> Mixtral:  # fmt: skip
-        """Read a model tensor by tensor: the peak on the device is the model and two of its matrices, widened.
-
-        Matrices stay as they are stored where kernels multiply those (planes.py), all others are of `dtype`; without
-        `packed`, all are. Raises as Mixtral.load.
-        """
-        where, config = torch.device(device), reader.config
-        given: Reader = reader if packed else planes.Widened(reader)
-        widest = max(math.prod(config.shape(slot.role)) for slot in config.slots()) * dtype.itemsize
-        budget.check_held(planes.held_bytes(given, config.slots(), dtype.itemsize) + 2 * widest, max_memory)
-        source = watched(given, progress, lambda slot: planes.held_bytes(given, [slot], dtype.itemsize))
-        table = torch.empty(config.shape(Role.EMBED), device=where, dtype=dtype)
+    def read(
+        cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, rounded: bool, max_memory: int | None,
+        progress: Progress | None,
+    ) -> PlanesMixtral:  # fmt: skip
+        """Tensor by tensor: matrices stay as they are stored where kernels multiply those (planes.py), all others are
+        of `dtype`. Raises as Mixtral.load."""
+        check(reader, device, dtype, max_memory, rounded=rounded)
+        source = watched(reader, progress, lambda slot: planes.held_bytes(reader, [slot], dtype.itemsize))
+        config = reader.config
+        table = torch.empty(config.shape(Role.EMBED), device=device, dtype=dtype)
         copy(table, source, Slot(Role.EMBED))
-        layers = [PlanesLayer.load(source, index, where, dtype) for index in range(config.num_layers)]
-        norm = torch.empty(config.shape(Role.NORM), device=where, dtype=dtype)
+        layers = [PlanesLayer.load(source, index, device, dtype, rounded=rounded) for index in range(config.num_layers)]
+        norm = torch.empty(config.shape(Role.NORM), device=device, dtype=dtype)
         copy(norm, source, Slot(Role.NORM))
-        head = PlanesHead(config, norm, planes.read(source, Slot(Role.HEAD), where, dtype))
+        head = PlanesHead(config, norm, planes.read(source, Slot(Role.HEAD), device, dtype), rounded=rounded)
         if progress:
             progress.finish()
         return cls(table, layers, head)
@@ -65,10 +86,11 @@ class PlanesMixtral(Mixtral):
 
         The first step runs them one by one, from the second on they are a CUDA graph.
         """
-        if not Step.suits(self.config, cache):
+        table, layers, head = self._step
+        if not Step.suits(self.config, cache) or head.rounded:
             return super().step(ids, cache)
         if not isinstance(cache.step, Step):
-            cache.step = Step(*self._step, cache, captured=self.device.type == "cuda")
+            cache.step = Step(table, layers, head, cache, captured=self.device.type == "cuda")
         logits = cache.step(ids, cache.used)
         cache.used += 1
         return logits

@@ -1,4 +1,4 @@
-"""Many tokens through their experts: sorted by expert, one grouped product for all, back in order, summed in order.
+"""Tokens and their experts: sorted, either expert by expert (`segments`), or all by one grouped product (`mixture`).
 
     experts [N, K] ─► pairs sorted by expert ─► x of each pair ─► gate+up of all ─► down of all ─► pairs in order ─► sum
 
@@ -8,11 +8,29 @@ does not learn how many tokens an expert has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Router's choice [N, K], twice -> per expert that has any: its number, its tokens [n], their weights [n].
+
+    One sort of the pairs; scripts/bench/experts.py holds this against loops over masks, grouped and dense products.
+    """
+    if len(experts) == 1:  # nothing to sort
+        for place, expert in enumerate(experts[0].tolist()):
+            yield expert, torch.zeros_like(experts[0, :1]), weights[0, place : place + 1]
+        return
+    order, ends = _sorted(experts, num_experts)
+    token_of, weight_of = order // experts.shape[1], weights.flatten()[order]
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            yield expert, token_of[start:end], weight_of[start:end]
+        start = end
 
 
 def mixture(
@@ -20,27 +38,28 @@ def mixture(
 ) -> Tensor:
     """x [N, D], weights fp32 and experts [N, K] -> [N, D]. `gate_up` and `down` give the matrices [E, 2F, D] and
     [E, D, F] of x's dtype: each is asked for once, when it is needed, and not held."""
-    order, ends, count = _sorted(experts, gate_up_of := gate_up())
-    inner = grouped(x[order // experts.shape[1]], gate_up_of, ends)
-    del gate_up_of
+    matrices, count = gate_up(), experts.shape[1]
+    order, ends = _sorted(experts, len(matrices))
+    inner = grouped(x[order // count], matrices, ends)
+    del matrices
     gate, up = inner.chunk(2, dim=-1)
     inner = F.silu(gate).mul_(up)
     del gate, up
     made = grouped(inner, down(), ends)
     pairs = torch.empty_like(made)
     pairs[order] = made
+    of_tokens = pairs.view(len(x), count, -1)
     out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
     for choice in range(count):
-        out.addcmul_(pairs.view(*experts.shape, -1)[:, choice].float(), weights[:, choice, None])
+        out.addcmul_(of_tokens[:, choice].float(), weights[:, choice, None])
     return out.to(x.dtype)
 
 
-def _sorted(experts: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The pairs [N*K] in their experts' order, where each expert's end [E], int32, and K."""
+def _sorted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The pairs [N*K] in their experts' order, and where each expert's end, int32 [E]."""
     expert_of, order = experts.flatten().sort(stable=True)
-    numbers = torch.arange(1, len(matrices) + 1, device=experts.device)
-    ends = torch.searchsorted(expert_of, numbers).int()
-    return order, ends, experts.shape[1]
+    numbers = torch.arange(1, num_experts + 1, device=experts.device)
+    return order, torch.searchsorted(expert_of, numbers).int()
 
 
 def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
 from . import blocks, budget, host, products
 from .attention import LayerCache, Span, attend, rotate, span
-from .mixture import mixture
+from .mixture import mixture, segments
 from .products import Matrix
 from .watching import watched
 
@@ -101,6 +101,10 @@ class Block(ABC):
 
     def need(self, *roles: Role, expert: int | None = None) -> None:  # noqa: B027  (most layers have nothing to wait for)
         """Called before these weights are used: a layer that is still being read waits here (stream.py)."""
+
+    def packs(self, slot: Slot) -> bool:
+        """Whether a matrix of this layer lies as it is stored."""
+        return False
 
     @abstractmethod
     def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
@@ -230,6 +234,9 @@ class PackedLayer(Block):
             else:
                 self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True)
 
+    def packs(self, slot: Slot) -> bool:
+        return isinstance(self.matrices.get(slot), blocks.Blocks)
+
     def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
         return self.all_joined([x], roles, [expert])[0]
 
@@ -255,24 +262,6 @@ class PackedLayer(Block):
         for y, share in zip(self.all_joined(inner, DOWN, numbers), weights[0], strict=True):
             out += y * share
         return out.to(x.dtype)
-
-
-def segments(weights: Tensor, experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Router's choice [N, K], twice -> per expert that has any: its number, its tokens [n], their weights [n].
-
-    One sort of the pairs; scripts/bench/experts.py holds this against loops over masks, grouped and dense products.
-    """
-    if len(experts) == 1:  # nothing to sort
-        for place, expert in enumerate(experts[0].tolist()):
-            yield expert, torch.zeros_like(experts[0, :1]), weights[0, place : place + 1]
-        return
-    expert_of, order = experts.flatten().sort(stable=True)  # [N*K]
-    token_of, weight_of = order // experts.shape[1], weights.flatten()[order]
-    start = 0
-    for expert, count in enumerate(torch.bincount(expert_of, minlength=num_experts).tolist()):
-        if count:
-            yield expert, token_of[start : start + count], weight_of[start : start + count]
-        start += count
 
 
 class Head:

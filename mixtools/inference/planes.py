@@ -4,6 +4,7 @@
 
     few tokens  ─► kernels that decode in registers: projections, experts, router (ops/gpu)
     many        ─► one projection at a time unpacked into scratch, torch's own products (mixture.py)
+    `rounded`   ─► the second way whatever their number: weights are rounded to 16 bits, as where they lie so
 
 What no kernel takes lies in 16 bits: act-order without static groups, other widths than 4 bits, rarer block types.
 Letters in shapes as in model.py.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +59,6 @@ def stays(reader: object, slot: Slot) -> bool:
     return isinstance(reader, Storing) and suits(reader.format(slot), reader.spec(slot).shape)
 
 
-class Widened:
-    """A reader that gives its matrices dense alone."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.config, self.slots, self.spec, self.read = reader.config, reader.slots, reader.spec, reader.read
-
-
 def held_bytes(reader: Reader, slots: Iterable[Slot], itemsize: int) -> int:
     """Bytes that these tensors take on a card: as stored where they stay so, else `itemsize` bytes a weight."""
     total = 0
@@ -74,6 +69,15 @@ def held_bytes(reader: Reader, slots: Iterable[Slot], itemsize: int) -> int:
         else:
             total += math.prod(shape) * itemsize
     return total
+
+
+def scratch_bytes(reader: Reader, itemsize: int) -> int:
+    """What is widened at a time: a matrix on its way, as it is read and as it was; or a projection of all experts."""
+    config = reader.config
+    largest = max(math.prod(config.shape(slot.role)) for slot in config.slots())
+    experts = 2 * config.num_experts * config.intermediate_size * config.hidden_size  # gate and up
+    packed = any(stays(reader, Slot(role, 0, 0)) for role in GATE_UP)
+    return itemsize * max(2 * largest, experts if packed else 0)
 
 
 def read(reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool = True) -> Planes:
@@ -128,15 +132,15 @@ def dense(of: Planes, dtype: torch.dtype) -> Tensor:
     return library.unpack(of, dtype)
 
 
-def few(of: Planes) -> int:
+def few(of: Planes, rounded: bool = False) -> int:
     """Up to how many tokens the kernels are the way."""
-    return launch.MOST_TOKENS if of.kind.name == "dense" else FEW_PACKED
+    return 0 if rounded else launch.MOST_TOKENS if of.kind.name == "dense" else FEW_PACKED
 
 
-def product(x: Tensor, of: Planes, dtype: torch.dtype | None = None) -> Tensor:
+def product(x: Tensor, of: Planes, dtype: torch.dtype | None = None, *, rounded: bool = False) -> Tensor:
     """x [.., in] times a matrix -> [.., out] of `dtype`, x's unless told: fp32 gives the sums as they are."""
     rows, kind = x.flatten(0, -2), dtype or x.dtype
-    if len(rows) <= few(of):
+    if len(rows) <= few(of, rounded):
         starts = range(0, len(rows), launch.MOST_TOKENS)
         made = torch.cat([library.gemv(rows[at : at + launch.MOST_TOKENS], of, kind) for at in starts])
     else:
@@ -150,14 +154,16 @@ class PlanesLayer(Block):
 
     def __init__(
         self, config: MixtralConfig, index: int, dtype: torch.dtype, *, qkv: Sequence[Planes], o: Planes,
-        gate_up: Planes, down: Planes,
+        gate_up: Planes, down: Planes, rounded: bool = False,
     ) -> None:  # fmt: skip
         """Norms and router are to be filled in. `qkv`: one or three; `gate_up`: of each expert w1, then w3."""
         super().__init__(config, index, o.parts[0].device, dtype)
-        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        self.qkv, self.o, self.gate_up, self.down, self.rounded = qkv, o, gate_up, down, rounded
 
     @classmethod
-    def load(cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> PlanesLayer:
+    def load(
+        cls, reader: Reader, index: int, device: torch.device, dtype: torch.dtype, *, rounded: bool = False
+    ) -> PlanesLayer:
         apart = [read(reader, Slot(role, index), device, dtype) for role in QKV]
         joined = planes.beside(apart)
         o = read(reader, Slot(Role.O, index), device, dtype)
@@ -165,25 +171,33 @@ class PlanesLayer(Block):
         gate_up = _stack(reader, [Slot(role, index, one) for one in experts for role in GATE_UP], device, dtype)
         down = _stack(reader, [Slot(Role.DOWN, index, one) for one in experts], device, dtype)
         layer = cls(reader.config, index, dtype, qkv=apart if joined is None else [joined], o=o, gate_up=gate_up,
-                    down=down)  # fmt: skip
+                    down=down, rounded=rounded)  # fmt: skip
         vectors = {Role.ATTENTION_NORM: layer.attention_norm, Role.FFN_NORM: layer.ffn_norm, Role.ROUTER: layer.router}
         for role, weight in vectors.items():
             copy(weight, reader, Slot(role, index))
         return layer
 
+    def packs(self, slot: Slot) -> bool:
+        if slot.role in QKV:
+            of = self.qkv[0] if len(self.qkv) == 1 else self.qkv[QKV.index(slot.role)]
+        else:
+            of = {Role.O: self.o, Role.DOWN: self.down}.get(slot.role, self.gate_up)
+        return of.kind.name != "dense"
+
     def joined(self, x: Tensor, roles: tuple[Role, ...], expert: int | None = None) -> Tensor:
         if roles == QKV:
-            return torch.cat([product(x, one) for one in self.qkv], -1)
+            return torch.cat([product(x, one, rounded=self.rounded) for one in self.qkv], -1)
         if expert is None:
-            return product(x, self.o)
-        return product(x, self.down.matrices(expert, 1) if roles == DOWN else self.gate_up.matrices(2 * expert, 2))
+            return product(x, self.o, rounded=self.rounded)
+        of = self.down.matrices(expert, 1) if roles == DOWN else self.gate_up.matrices(2 * expert, 2)
+        return product(x, of, rounded=self.rounded)
 
     def experts(self, x: Tensor, observer: Observer | None = None) -> Tensor:
         if observer:
             return super().experts(x, observer)
         weights, chosen = self.route(x)
         hidden, inner, count = self.config.hidden_size, self.config.intermediate_size, self.config.num_experts
-        if len(x) <= few(self.gate_up):
+        if len(x) <= few(self.gate_up, self.rounded):
             made = library.gate_up(x, chosen, self.gate_up, inner)
             return library.down(made, chosen, weights, self.down, hidden)
         return mixture(
@@ -199,18 +213,18 @@ def _stack(reader: Reader, slots: Sequence[Slot], device: torch.device, dtype: t
         first = read(reader, slots[0], device, dtype)
         if first.kind.name != "dense":
             rest = (read(reader, slot, device, dtype) for slot in slots[1:])
-            return planes.stack((one for some in ([first], rest) for one in some), len(slots))
+            return planes.stack(chain([first], rest), len(slots))
     return planes.stack((read(reader, slot, device, dtype, packed=False) for slot in slots), len(slots))
 
 
 class PlanesHead(Head):
     """The output matrix in planes."""
 
-    def __init__(self, config: MixtralConfig, norm: Tensor, of: Planes) -> None:
-        self.config, self.norm, self.planes = config, norm, of
+    def __init__(self, config: MixtralConfig, norm: Tensor, of: Planes, *, rounded: bool = False) -> None:
+        self.config, self.norm, self.planes, self.rounded = config, norm, of, rounded
 
     def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
         x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         if observer:
             observer(Slot(Role.HEAD), x.flatten(0, -2), None, None)
-        return product(x, self.planes, torch.float32)
+        return product(x, self.planes, torch.float32, rounded=self.rounded)

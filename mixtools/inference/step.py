@@ -10,6 +10,7 @@ by one (`captured` False) the launches give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..errors import MixtoolsError
 from ..ops.gpu import launch
-from ..ops.gpu.launch import Launch
+from ..ops.gpu.launch import Arguments, Launch
 from . import rope
 from .attention import LayerCache, turns
 from .model import Cache
@@ -43,7 +44,7 @@ class Step:
         self.filled = -1  # columns, as `seen` has them
         scaling = config.rope_scaling
         self.dynamic = scaling is not None and scaling.type == "dynamic"
-        self.cos, self.sin = self._tables(torch.arange(cache.capacity, device=table.device))
+        self.cos, self.sin = self._tables(torch.arange(cache.capacity, device=table.device), 1)
         self.x = self._empty(config.hidden_size)
         self.logits = self._empty(config.vocab_size, dtype=torch.float32)
         self.launches = self._launches(cache.layers)
@@ -65,8 +66,8 @@ class Step:
             self.seen[:, 1] = self.filled = used
         self.ids.copy_(ids)
         if self.dynamic:
-            column = torch.tensor([self.filled], device=self.ids.device)
-            for table, found in zip((self.cos, self.sin), self._tables(column), strict=True):
+            column = torch.tensor([used], device=self.ids.device)
+            for table, found in zip((self.cos, self.sin), self._tables(column, used + 1), strict=True):
                 table[:, column] = found
         if self.graph is not None:
             self.graph.replay()
@@ -98,24 +99,27 @@ class Step:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty((self.batch, *shape), dtype=dtype or self.table.dtype, device=self.table.device)
 
-    def _tables(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B or 1, columns, hd/2]."""
+    def _tables(self, columns: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B or 1, columns, hd/2] in a text of so many columns."""
         padding, device = self.padding, self.table.device
         left = torch.zeros(1, device=device, dtype=torch.long) if padding is None else padding
-        reach = max(int(columns[-1]) + 1 if len(columns) == 1 else 1, self.prompt) - left
+        reach = max(length, self.prompt) - left
         frequency = rope.frequencies(self.config, device, reach)
         cos, sin = turns(self.config, columns[None], frequency, padding)
         return cos[:, 0].contiguous(), sin[:, 0].contiguous()
 
     def _launches(self, caches: Sequence[LayerCache]) -> list[Launch]:
+        """Layers come one after the other, so all have the same memory for what they make."""
         config, x = self.config, self.x
-        heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-        self.normed, self.mixed, self.turned = (
-            self._empty(config.hidden_size),
-            *(self._empty(heads, size) for _ in range(2)),
-        )
-        self.between = self._empty(config.hidden_size)
-        self.qkv = self._empty((heads + 2 * groups) * size)
+        heads, groups, size, count = config.num_heads, config.num_kv_heads, config.head_dim, config.experts_per_token
+        self.between, self.normed = (self._empty(config.hidden_size) for _ in range(2))
+        self.q, self.k, self.v = (self._empty(each, size) for each in (heads, groups, groups))
+        self.qkv = self._empty(heads + 2 * groups, size)
+        self.turned, self.mixed = (self._empty(heads, 1, size) for _ in range(2))
+        self.weights, self.chosen = self._empty(count, dtype=torch.float32), self._empty(count, dtype=torch.int64)
+        self.inner = self._empty(count, config.intermediate_size)
+        first = caches[0]
+        self.attending = launch.attend(self.turned, first.keys, first.values, self.seen, self.mixed)
         out: list[Launch] = []
         for layer, cache in zip(self.layers, caches, strict=True):
             out += self._attention(layer, cache)
@@ -126,31 +130,26 @@ class Step:
 
     def _attention(self, layer: PlanesLayer, cache: LayerCache) -> list[Launch]:
         """x -> between."""
-        config = self.config
-        heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-        widths = [one.rows for one in layer.qkv]
-        made = [self.qkv] if len(widths) == 1 else [self._empty(width) for width in widths]
-        parts = torch.split(made[0], [heads * size, groups * size, groups * size], 1) if len(made) == 1 else made
-        q, k, v = (part.view(len(part), -1, size) for part in parts)
-        first, last = launch.attend(
-            self.turned[:, :, None], cache.keys, cache.values, self.seen, self.mixed[:, :, None]
-        )
+        if len(layer.qkv) == 1:
+            made, groups = [self.qkv], self.config.num_kv_heads
+            q, k, v = torch.split(self.qkv, [self.config.num_heads, groups, groups], 1)
+        else:
+            q, k, v = made = [self.q, self.k, self.v]
+        attend, combine = self.attending
+        over: Arguments = {**attend.arguments, "keys": cache.keys, "values": cache.values}
         return [
-            launch.normalise(self.x, layer.attention_norm, config.rms_norm_eps, self.normed),
-            *(launch.gemv(self.normed, planes, to) for planes, to in zip(layer.qkv, made, strict=True)),
-            launch.turn((q, k, v), (self.cos, self.sin), self.seen, self.turned, cache.keys, cache.values),
-            first, last,
+            launch.normalise(self.x, layer.attention_norm, self.config.rms_norm_eps, self.normed),
+            *(launch.gemv(self.normed, planes, to.flatten(1)) for planes, to in zip(layer.qkv, made, strict=True)),
+            launch.turn((q, k, v), (self.cos, self.sin), self.seen, self.turned[:, :, 0], cache.keys, cache.values),
+            replace(attend, arguments=over), combine,
             launch.gemv(self.mixed.flatten(1), layer.o, self.between, self.x),
         ]  # fmt: skip
 
     def _experts(self, layer: PlanesLayer) -> list[Launch]:
         """between -> x."""
-        config = self.config
-        weights = self._empty(config.experts_per_token, dtype=torch.float32)
-        chosen = self._empty(config.experts_per_token, dtype=torch.int64)
-        inner = self._empty(config.experts_per_token, config.intermediate_size)
+        eps, weights, chosen = self.config.rms_norm_eps, self.weights, self.chosen
         return [
-            launch.route(self.between, layer.ffn_norm, layer.router, config.rms_norm_eps, self.normed, weights, chosen),
-            launch.gate_up(self.normed, chosen, layer.gate_up, inner),
-            launch.down(inner, chosen, weights, layer.down, self.x, self.between),
+            launch.route(self.between, layer.ffn_norm, layer.router, eps, self.normed, weights, chosen),
+            launch.gate_up(self.normed, chosen, layer.gate_up, self.inner),
+            launch.down(self.inner, chosen, weights, layer.down, self.x, self.between),
         ]

@@ -23,6 +23,7 @@ from ..config import MixtralConfig
 from ..errors import InputError, MemoryBudgetError
 from ..layouts.reader import Reader
 from ..machine import human_bytes
+from ..ops.gpu import able
 from ..progress import Progress, Silent
 from . import budget
 from .arriving import Arriving, packed_layers, stays_packed
@@ -155,6 +156,8 @@ class Stream:
                 for start in range(0, states.tokens, plan.pass_tokens):
                     target.write(start, states.rows(start, min(start + plan.pass_tokens, states.tokens)))
         self.remarks = _remarks(plan, target)
+        if self.packed and (without := able.remark(self.device)):
+            self.remarks.append(without)
         self.progress.start("; ".join(["layers", *self.remarks]), states.tokens * max(0, stop - states.layer), "tok")
         for layer in self._running(states.layer, stop, plan):
             self.through(layer, source, into=target, observer=observer, pass_tokens=plan.pass_tokens)

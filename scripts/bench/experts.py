@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from _bench import best_seconds, write_result
 from torch import Tensor
 
-from mixtools.inference import model
+from mixtools.inference import mixture
 
 
 @dataclass
@@ -65,7 +65,7 @@ def sort_pairs(case: Case) -> tuple[list[int], Tensor, Tensor]:
 def segments(case: Case, inner: Callable[[Tensor, Tensor, Tensor], Tensor] = swiglu) -> Tensor:
     """The model's: sort the pairs of token and expert once; gather and scatter per expert."""
     out = torch.zeros(case.x.shape)
-    for expert, rows, share in model.segments(case.weights, case.experts, len(case.down)):
+    for expert, rows, share in mixture.segments(case.weights, case.experts, len(case.down)):
         out.index_add_(0, rows, inner(case.x[rows], case.gate_up[expert], case.down[expert]) * share[:, None])
     return out.to(case.x.dtype)
 

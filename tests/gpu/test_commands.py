@@ -54,8 +54,8 @@ def test_a_cpu_that_was_asked_for_encodes(monkeypatch):
 
 
 def test_generate(monkeypatch, without_kernels):
-    loaded, plain = [], loading.PlanesMixtral.load
-    monkeypatch.setattr(loading.PlanesMixtral, "load", lambda *one, **more: loaded.append(1) or plain(*one, **more))
+    loaded, plain = [], loading.PlanesMixtral.read
+    monkeypatch.setattr(loading.PlanesMixtral, "read", lambda *one, **more: loaded.append(1) or plain(*one, **more))
 
     def told():
         return mixtools.generate(NANO, prompt="The", max_new_tokens=4, dtype="f32").text
@@ -74,6 +74,13 @@ def test_perplexity(tmp_path, without_kernels):
         return mixtools.perplexity(tmp_path / "gptq", text=text, ctx=48, max_tokens=48, dtype="f32").perplexity
 
     assert measured() == pytest.approx(without_kernels(measured), rel=1e-5)
+
+
+def test_what_is_widened_is_told(tmp_path):
+    mixtools.quantize(NANO, tmp_path / "gptq", method="gptq", bits=8, samples=1, seq_len=32, sweeps=0)
+    told = mixtools.generate(tmp_path / "gptq", prompt="The", max_new_tokens=1)
+    assert any("no kernel here multiplies them: gptq-8bit, 8 bits" in note for note in told.notes)
+    assert not any("widened" in note for note in mixtools.generate(NANO, prompt="The", max_new_tokens=1).notes)
 
 
 def test_the_kernels_are_for_those_who_can_run_them():

@@ -207,6 +207,30 @@ def test_steps_in_16_bits_are_as_near_to_the_truth_as_decoded_weights(opened):
     assert errors[0] < 1.5 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["gptq", "Q4_K_M"])
+def test_rounded_weights_are_those_that_a_stream_has(opened, name):
+    """One by one, too: their roundings are those of 16 bits, which the formats' own values do not have."""
+    checkpoint = opened(name)
+    checkpoint.dense = DType.F16
+    theirs = Mixtral.load(checkpoint, dtype=torch.float16, packed=False)
+    exact, rounded = (loading.load(checkpoint, dtype=torch.float16, rounded=how) for how in (False, True))
+    text = ids(5, checkpoint.config.vocab_size)
+    expected = theirs(text)
+    assert of_range(rounded(text), expected) < of_range(exact(text), expected)
+    kept = Cache(rounded, 1, 5)
+    rounded(text[:, :4], kept)
+    assert of_range(rounded.step(text[:, 4], kept), expected[:, 4]) < 2e-3
+    assert kept.step is None
+
+
+def test_what_is_widened_is_told_by_its_format(opened):
+    for name, said in (("8 bits", "gptq-8bit, 8 bits"), ("act-order", "gptq, 4 bits"), ("gptq", None), ("bf16", None)):
+        told = loading.widened(checkpoint := opened(name), loading.load(checkpoint))
+        assert said in told if said else told is None
+    wide = loading.widened(checkpoint := opened("gptq"), Mixtral.load(checkpoint, packed=False))
+    assert wide is not None and "gptq, 4 bits" in wide
+
+
 def test_runs_are_the_same_bit_for_bit(opened):
     ours = loading.load(opened("awq"), dtype=torch.float32)
     text, found = ids(3, DIMS.vocab, 2), []
@@ -291,10 +315,12 @@ def test_what_is_told_is_what_the_model_takes(opened, name):
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(opened, monkeypatch):
     checkpoint = opened("gptq")
     need = planes.held_bytes(checkpoint, checkpoint.slots(), 2)
-    loading.load(checkpoint, max_memory=need + 4 * DIMS.d * DIMS.f)
+    scratch = planes.scratch_bytes(checkpoint, 2)
+    assert scratch == 2 * DIMS.experts * 2 * DIMS.f * DIMS.d  # gate and up of all experts, in 16 bits
+    loading.load(checkpoint, max_memory=need + scratch)
     monkeypatch.setattr(Checkpoint, "packed", lambda *_: pytest.fail("read"))
     with pytest.raises(MemoryBudgetError, match="as they are stored"):
-        loading.load(checkpoint, max_memory=need)
+        loading.load(checkpoint, max_memory=need + scratch - 1)
 
 
 def test_loading_tells_how_far_it_is(opened):
