@@ -5,16 +5,19 @@ Letters in shapes as in model.py.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import MixtralConfig
 from . import rope
 
 BAND_ROWS = 512  # that attend at a time behind a sliding window
+_PLANLESS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 class Span(NamedTuple):
@@ -137,5 +140,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if length == 1:
         # the H/G queries of a key-value head as rows of one product: in bf16 on a CPU 12 times faster than enable_gqa
         q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, 1, size)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        with _kernels(q.device):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, 1, size)
+    if mask is not None and q.device.type == "cuda":
+        # with shared heads and a mask torch would make all scores at once
+        k, v = (one.repeat_interleave(heads // one.shape[1], 1) for one in (k, v))
+    with _kernels(q.device):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < heads
+        )
+
+
+def _kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU without cuDNN's, which plans for half a second at each new length."""
+    return sdpa_kernel([*_PLANLESS]) if device.type == "cuda" else nullcontext()

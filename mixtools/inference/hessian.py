@@ -1,7 +1,7 @@
 """Second moments of what a linear reads: Σ x xᵀ and Σ |x|, in fp32, however many tokens come.
 
-For methods that weigh an error by what reaches a matrix. A product of two 16-bit values is exact in fp32; sums are fp32
-and never TF32, which would round the factors to 11 bits.
+For methods that weigh an error by what reaches a matrix. A product of two 16-bit values is exact in fp32, and sums are
+fp32: on a GPU the matrix units for 16 bits give those at once. Values of 32 bits are never multiplied by less (TF32).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import TensorError
 from ..linalg.few import Few
 from ..names import Slot
+from .products import fp32_from_16_bits
 
 PANEL = 2048  # columns of a product; what lies above the diagonal is mirrored, not computed
 
@@ -32,11 +33,16 @@ class Gram:
         wide = x.float()
         self.tokens += len(x)
         self.magnitude += wide.abs().sum(0)
+        factors = x if fp32_from_16_bits(x) else wide
         for number, total in enumerate(self.blocks):
-            part = wide[:, number * self.block : number * self.block + len(total)]
+            part = factors[:, number * self.block : number * self.block + len(total)]
             for at in range(0, len(total), PANEL):
                 end = min(at + PANEL, len(total))
-                total[at:, at:end].addmm_(part[:, at:].T, part[:, at:end])
+                left, right, into = part[:, at:].T, part[:, at:end], total[at:, at:end]
+                if factors is wide:
+                    into.addmm_(left, right)
+                else:
+                    into += torch.mm(left, right, out_dtype=torch.float32)
 
     def settle(self, slot: Slot) -> None:
         """Mirror what was summed, so that `blocks` are whole. Raises TensorError for inputs that are not finite."""

@@ -63,6 +63,11 @@ def rows(indices: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
     return weight.rows(indices, dtype) if isinstance(weight, Blocks) else F.embedding(indices, weight)
 
 
+def fp32_from_16_bits(x: Tensor) -> bool:
+    """Whether torch.mm of such tensors gives fp32 sums by `out_dtype`."""
+    return x.device.type == "cuda" and x.dtype.itemsize == 2 and torch.version.hip is None and _OUT_DTYPE
+
+
 def linear_fp32(x: Tensor, weight: Matrix) -> Tensor:
     """x [.., in] times weight [out, in] -> [.., out] fp32: the sums as they are.
 
@@ -72,7 +77,7 @@ def linear_fp32(x: Tensor, weight: Matrix) -> Tensor:
         return weight.product(x)
     if weight.dtype == torch.float32:
         return F.linear(x, weight)
-    if weight.device.type == "cuda" and torch.version.hip is None and _OUT_DTYPE:
+    if fp32_from_16_bits(weight):
         return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).view(*x.shape[:-1], -1)
     out = host.empty((*x.shape[:-1], len(weight)), x.device, torch.float32)
     if host.native(weight.dtype):

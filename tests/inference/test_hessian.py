@@ -47,3 +47,24 @@ def test_bytes() -> None:
     for width, block in ((64, None), (64, 16), (64, 100)):
         gram = Gram(width, block=block)
         assert gram_bytes(width, block) == sum(part.nbytes for part in gram.blocks) + gram.magnitude.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_multiplies_16_bits_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To fp32, which only a GPU's torch.mm gives, as here; and 32 bits by nothing less."""
+    monkeypatch.setattr(hessian, "fp32_from_16_bits", lambda x: x.dtype.itemsize == 2)
+    monkeypatch.setattr(hessian, "PANEL", 5)
+    products = []
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == dtype and out_dtype == torch.float32
+        products.append(left.shape)
+        return left.float() @ right.float()
+
+    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain, gram = Gram(12), Gram(12)
+    plain.add(x.float())
+    monkeypatch.setattr(torch, "mm", mm)
+    gram.add(x)
+    assert products == ([] if dtype == torch.float32 else [(12, 30), (7, 30), (2, 30)])
+    torch.testing.assert_close(gram.blocks[0].tril(), plain.blocks[0].tril())

@@ -13,13 +13,13 @@ from ...inference.stream import PASS_TOKENS, PASS_TOKENS_ACCELERATOR, Stream
 from ...job import WITH_TORCH
 from ...layouts.checkpoint import Checkpoint
 from ...linalg.few import LEAST_RATIO
-from ...machine import find_device, human_bytes, product_rate
+from ...machine import find_device, human_bytes, memory_for, product_rate
 from ...progress import Progress
 from ...text.reading import DEFAULT
 from .calibrated import Calibrated
 from .matrix import DAMPING, Options
 
-COMFORTABLE = 12_000_000_000  # bytes: hidden states go to a file rather than beyond, where nothing else is asked for
+COMFORTABLE = 12_000_000_000  # bytes: on a CPU hidden states go to a file rather than beyond, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Needs:
 
 
 def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None) -> Needs:
-    """Raises MemoryBudgetError where `limit` is less than one layer and its largest Hessian take."""
+    """Raises MemoryBudgetError where `limit`, or what a card has free, is less than one layer and its largest Hessian
+    take."""
     config, options = source.config, how.options
     hidden, inner = config.hidden_size, config.intermediate_size
     block = min(options.block or inner, inner)
@@ -89,12 +90,15 @@ def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None
     together = PASS_TOKENS.get(stream.device.type, PASS_TOKENS_ACCELERATOR)
     fixed = WITH_TORCH + layer + own + max(expert, run.token * together + run.aside)
     states = 2 * tokens * hidden * stream.dtype.itemsize
-    if limit is not None and fixed > limit:
+    on_card = stream.device.type == "cuda"
+    room = limit if limit is not None else memory_for(stream.device, None) if on_card else COMFORTABLE
+    if room is not None and fixed > room and (on_card or limit is not None):
+        what = "--max-memory is too small" if limit is not None else f"{stream.device} has too little memory free"
         raise MemoryBudgetError(
-            "--max-memory is too small for one layer and its Hessians; --hessian-block 2048 takes less",
-            expected=human_bytes(fixed), found=human_bytes(limit),
+            f"{what} for one layer and its Hessians; --hessian-block 2048 takes less",
+            expected=human_bytes(fixed), found=human_bytes(room),
         )  # fmt: skip
-    spilled = fixed + states > (COMFORTABLE if limit is None else limit)
+    spilled = room is not None and fixed + states > room
     return Needs(fixed + (0 if spilled else states), spilled, _operations(source, how, tokens))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +104,11 @@ class Scheme(Protocol):
         """
         ...
 
+    @property
+    def plain(self) -> bool:
+        """Whether a reader's weights are the grid's values, rounded to the format's dtype."""
+        ...
+
     def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
         """What can be fitted again in the `span` columns from `first` on, of their codes [span, out]."""
         ...
@@ -138,6 +143,8 @@ class Groups:
     format: GroupFormat
     least_zero: int = 0
     clips: Sequence[float] = CLIPS
+
+    plain: ClassVar[bool] = True
 
     @property
     def span(self) -> int:

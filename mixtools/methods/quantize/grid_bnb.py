@@ -26,6 +26,11 @@ class AbsMax:
     clips: Sequence[float] = CLIPS
 
     @property
+    def plain(self) -> bool:
+        """int8's scale is stored as the largest value of a row, and divided again."""
+        return isinstance(self.format, Nf4)
+
+    @property
     def span(self) -> int:
         return BLOCK if isinstance(self.format, Nf4) else WHOLE
 

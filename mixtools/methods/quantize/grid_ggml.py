@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from ...formats import Ggml, Packed, ggml_grid
 from ...ops.encode import encode
+from ...ops.gpu import able
 from ...storage.dtypes import DType
+from ...storage.store import Bits
 from .grid import Fitted, Grid
 
 _LEAST_POWER = 1e-6  # of the mean: a block of columns that nothing reached is still encoded
@@ -41,6 +44,8 @@ class Blocks:
 
     type: DType
 
+    plain: ClassVar[bool] = True
+
     @property
     def format(self) -> Ggml:
         return Ggml(self.type, DType.F32)
@@ -51,22 +56,25 @@ class Blocks:
         return 0 if self.type is DType.MXFP4 else self.type.block
 
     def grid(self, weights: Tensor, power: Tensor, hessian: Tensor | None = None) -> BlockGrid:
-        rows = weights.T.contiguous().cpu().numpy()
-        importance = power.clamp(min=_LEAST_POWER * float(power.mean())).float().cpu().numpy()
-        blocks = encode(rows, DType.F32, self.type, np.ascontiguousarray(importance), threads=torch.get_num_threads())
-        scale, least = ggml_grid.grid(self.type, blocks)
+        blocks = _encoded(
+            weights.T.contiguous(), self.type, power.clamp(min=_LEAST_POWER * float(power.mean())).float()
+        )
         found = ggml_grid.supers(self.type, blocks)
         levels = ggml_grid.levels(self.type)
         even = bool((np.diff(levels) == 1).all())
 
         def turned(part: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(part.T)).float().to(weights.device)
+            return torch.from_numpy(part).to(weights.device).T.float().contiguous()
 
+        supers = tuple(turned(part) for part in (found.d, found.dmin) if part is not None)
+        subs = tuple(turned(part) for part in (found.scales, found.mins) if part is not None)
+        scale, *least = (one.repeat_interleave(len(sub) // len(one), 0) * sub
+                         for one, sub in zip(supers, subs, strict=True))  # fmt: skip
         return BlockGrid(
-            ggml_grid.group(self.type), turned(scale), turned(least), int(levels[0]) if even else 0, len(levels),
-            None if even else torch.from_numpy(levels).to(weights.device), blocks=torch.from_numpy(blocks),
-            supers=tuple(turned(part) for part in (found.d, found.dmin) if part is not None),
-            subs=tuple(turned(part) for part in (found.scales, found.mins) if part is not None),
+            ggml_grid.group(self.type), scale, least[0].neg_() if least else torch.full_like(scale, -0.0),
+            int(levels[0]) if even else 0, len(levels),
+            None if even else torch.from_numpy(levels).to(weights.device),
+            blocks=torch.from_numpy(blocks), supers=supers, subs=subs,
         )  # fmt: skip
 
     def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
@@ -99,6 +107,18 @@ class Blocks:
                 blocks = ggml_grid.with_supers(self.type, blocks, *factors)
             made.append(ggml_grid.with_codes(self.type, blocks, codes.T.contiguous().cpu().numpy()))
         return Packed(self.format, (torch.from_numpy(np.concatenate(made, axis=1)),))
+
+
+def _encoded(rows: Tensor, type: DType, importance: Tensor) -> Bits:
+    """Blocks of rows, fp32: made where they lie, on a card that has kernels of the type; the bytes are the same."""
+    if rows.device.type != "cpu" and able.problem(rows.device) is None:
+        from ...ops.gpu import encoding
+
+        if type in encoding.ENCODED:
+            made: Bits = encoding.encode(rows, type, importance).cpu().numpy()
+            return made
+    given = np.ascontiguousarray(importance.cpu().numpy())
+    return encode(rows.cpu().numpy(), DType.F32, type, given, threads=torch.get_num_threads())
 
 
 def _half(value: Tensor) -> Tensor:

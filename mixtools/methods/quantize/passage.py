@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Passage:
 
     def head(self) -> Iterator[Packed]:
         """Final norm and head."""
-        states, clock = self._before(self.stream.config.num_layers), Clock()
-        work = HeadWork(self.stream, self.method, self._read, clock)
+        states, clock = self._before(self.stream.config.num_layers), Clock(self.stream.device)
+        work = HeadWork(self.stream, self.method, partial(self._read, None), clock)
         with self._named():
             for _, packed in work.run(states):
                 yield packed
@@ -89,11 +90,11 @@ class Passage:
 
     def _quantized(self, index: int, states: States) -> Iterator[Stored]:
         for layer in self.stream.layers(index, index + 1, double=False):
-            clock = Clock()
+            clock = Clock(self.stream.device)
             with clock("reading"):
                 layer.finish()
                 self._expect_finite(layer)
-            work = LayerWork(self.stream, layer, self.method, self._read, clock)
+            work = LayerWork(self.stream, layer, self.method, partial(self._read, layer), clock)
             with self._named():
                 yield from work.run(states, self.pass_tokens)
             self._tell(str(index), work)
@@ -112,7 +113,10 @@ class Passage:
         seconds = {stage: round(found, 4) for stage, found in work.clock.seconds.items()}
         self.output.note(f"quantized.{name}", {"rows": rows, "told": _plain(work.told), "seconds": seconds})
 
-    def _read(self, slot: Slot) -> Tensor:
+    def _read(self, layer: Arriving | None, slot: Slot) -> Tensor:
+        """As the source has it; from the layer, where it lies there unchanged and has not been quantized yet."""
+        if layer is not None and self.source.spec(slot).dtype.torch() == self.stream.dtype:
+            return layer.weight(slot).to(torch.float32, copy=True)
         weight = self.source.read(slot)
         if (bad := int(first_nonfinite(weight))) >= 0:
             raise self._not_finite(slot, weight.flatten()[bad], divmod(bad, weight.shape[-1]))
@@ -161,7 +165,8 @@ class Passage:
             return None
         width = self.stream.config.hidden_size
         spill = self.stream.spill if self.spilled else None
-        states, crc = States(self.lengths, width, self.stream.dtype, noted["layer"], spill), 0
+        states = States(self.lengths, width, self.stream.dtype, noted["layer"], spill, device=self.stream.device)
+        crc = 0
         with path.open("rb") as file:
             for start in range(0, states.tokens, _ROWS):
                 rows = torch.empty(min(_ROWS, states.tokens - start), width, dtype=self.stream.dtype)

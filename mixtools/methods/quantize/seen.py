@@ -39,7 +39,7 @@ class Seen:
         self.o = Gram(config.num_heads * config.head_dim, device)
         self.experts = {expert: Gram(width, device) for expert in range(config.num_experts)}
         spill = stream.spill if states.spilled else None
-        self.inputs = States(states.lengths, width, stream.dtype, layer.index, spill)
+        self.inputs = States(states.lengths, width, stream.dtype, layer.index, spill, device=device)
         self.choices = torch.empty(states.tokens, config.experts_per_token, dtype=torch.int16)
         for first, last in passes(states.lengths, pass_tokens):
             length, start, end = states.lengths[first], states.starts[first], states.starts[last]

@@ -19,12 +19,13 @@ from ...names import Slot
 from ...storage.dtypes import DType
 from . import matrix, smoothing
 from .clock import Clock
-from .grid import Scheme
+from .grid import Grid, Scheme
 from .matrix import Options
 from .rounding import Rounded
 
 ROWS_TRIED = 512  # of a matrix, spread evenly, by which smoothing is chosen
 ROWS_TOLD = 128  # by which the report's errors are told
+_COLUMNS = 1024  # whose values are made at a time: they are of 32 bits
 
 Row = dict[str, Any]
 Stored = tuple[Slot, Packed]
@@ -116,8 +117,11 @@ class Worker:
     def finished(self, slot: Slot, parts: Sequence[tuple[Rounded, Row]], tokens: int) -> Stored:
         """`parts`: runs of columns, in order."""
         with self.clock("packing"), _of(slot):
-            packed = self.method.scheme(slot).pack([(made.grid, made.codes) for made, _ in parts])
-            self.keep(slot, packed.dense)
+            scheme, made = self.method.scheme(slot), [(one.grid, one.codes) for one, _ in parts]
+            packed = scheme.pack(made)
+            # from a GPU it would go to the CPU, decoded there, and back
+            on_card = scheme.plain and made[0][1].device.type != "cpu"
+            self.keep(slot, values(made, scheme.format.dtype.torch()) if on_card else packed.dense)
         energy = sum(row["energy"] for _, row in parts) or 1.0
         first = parts[0][1]
         self.rows[slot] = {
@@ -144,6 +148,18 @@ def _of(slot: Slot) -> Iterator[None]:
     except MixtoolsError as error:
         error.tensor = error.tensor or str(slot)
         raise
+
+
+def values(parts: Sequence[tuple[Grid, Tensor]], dtype: torch.dtype) -> Tensor:
+    """A matrix [out, in] of codes [in, out], in runs of columns with a grid each."""
+    out = parts[0][1].new_empty((parts[0][1].shape[1], sum(len(codes) for _, codes in parts)), dtype=dtype)
+    at = 0
+    for grid, codes in parts:
+        for first in range(0, len(codes), _COLUMNS):
+            run = codes[first : first + _COLUMNS]
+            out[:, at : at + len(run)] = grid.values(run, first).T
+            at += len(run)
+    return out
 
 
 def spread(weights: Tensor, rows: int) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from card import Card, OnCard
 from torch import Tensor
 
 from mixtools.config import MixtralConfig
 from mixtools.formats import Awq, Gptq, Int8, Nf4
+from mixtools.inference import attention
 from mixtools.inference.calibrate import Moments
 from mixtools.inference.hessian import Gram
 from mixtools.inference.model import Layer
@@ -20,6 +23,7 @@ from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import random_reader
 from mixtools.linalg.few import Few
 from mixtools.methods.quantize import matrix, rounding
+from mixtools.methods.quantize.clock import Clock
 from mixtools.methods.quantize.collect import Squares
 from mixtools.methods.quantize.grid import Groups, Scheme
 from mixtools.methods.quantize.grid_bnb import AbsMax
@@ -128,6 +132,49 @@ def test_observers_sum_on_the_card() -> None:
         assert all(one.device.type == "cuda" for one in found)
     assert all(map(torch.equal, (one.as_subclass(Tensor) for one in found), expected))
     torch.testing.assert_close(torch.from_numpy(counted), torch.from_numpy(sums))
+
+
+def test_a_stage_ends_when_the_card_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait(device: torch.device) -> None:
+        asked.append(device)
+        now[0] += 5  # what was asked of it and is not done
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    for device, seconds in ((torch.device("cuda", 1), 6.0), (torch.device("cpu"), 1.0), (None, 1.0)):
+        clock = Clock(device)
+        with clock("rounding"):
+            now[0] += 1
+        assert clock.seconds == {"rounding": seconds}
+    assert {*asked} == {torch.device("cuda", 1)}
+
+
+@pytest.mark.parametrize("start", [0, 5, 12])
+def test_attention_on_a_card_plans_nothing_and_makes_no_matrix_of_scores(
+    start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN plans half a second for each new length; with a mask and shared heads torch computes all scores at once."""
+    plain, asked = F.scaled_dot_product_attention, []
+
+    def watched(*tensors: Tensor, **how: Any) -> Tensor:
+        shared = how.get("enable_gqa", False) and how["attn_mask"] is not None
+        asked.append((torch.backends.cuda.cudnn_sdp_enabled(), shared))
+        return plain(*tensors, **how)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    random = torch.Generator().manual_seed(start)
+    q, k, v = (torch.randn(2, heads, columns, 16, generator=random)
+               for heads, columns in ((4, 13 - start), (2, 13), (2, 13)))  # fmt: skip
+    where = attention.span(CONFIG, 13 - start, torch.device("cpu"), start)
+    expected = attention.attend(q, k, v, where)
+    assert asked == [(True, start == 5)]
+    with Card():
+        there = where._replace(mask=None if where.mask is None else where.mask.to("cuda"))
+        found = attention.attend(q.to("cuda"), k.to("cuda"), v.to("cuda"), there)
+    assert asked[1:] == [(False, False)] and torch.backends.cuda.cudnn_sdp_enabled()
+    torch.testing.assert_close(found.as_subclass(Tensor), expected)
 
 
 # --- the card itself -------------------------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ class Bench:
 
     def _states(self, plan: Plan, layer: int) -> States:
         spill = self.stream.spill if plan.spilled else None
-        return States(self.lengths, self.stream.config.hidden_size, self.stream.dtype, layer, spill)
+        config, device = self.stream.config, self.stream.device
+        return States(self.lengths, config.hidden_size, self.stream.dtype, layer, spill, device=device)
 
     @property
     def _held(self) -> int:
