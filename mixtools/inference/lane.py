@@ -77,6 +77,10 @@ class Lane:
         event: Event = self.line.record_event()
         return event
 
+    def finish(self) -> None:
+        """Waits until all is there that was sent: what it went to may then be given back."""
+        self.line.synchronize()
+
     def arrived(self, event: Event) -> None:
         """What is started from now on by this thread finds what was sent."""
         self.card.current().wait_event(event)

@@ -80,10 +80,14 @@ class Step:
         return self.logits
 
     def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        """On a stream of the card's own: torch's usual one would be that of the current device, wherever this is. What
+        other threads do meanwhile is not ours."""
+        graph, device = torch.cuda.CUDAGraph(), self.table.device
+        line = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it bare
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=line, capture_error_mode="thread_local"):
             self._run()
-        self.graph.replay()
+        graph.replay()
+        self.graph = graph
 
     def _run(self) -> None:
         self.seen[:, 1] += 1

@@ -203,6 +203,8 @@ class Stream:
                         following.read_ahead(self.reader, index + 1, pool, lane)
             finally:
                 pool.shutdown(cancel_futures=True)
+                if lane is not None:
+                    lane.finish()
         if reuse:
             self._spare = spare
 

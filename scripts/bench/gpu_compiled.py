@@ -12,9 +12,9 @@ cycle and multiprocessor):
     lines    one line of 128 bytes a cycle from the first cache: of each row's words, and of x, which 4 rows share
     flight   the bytes that the resident warps' loads of a turn have on their way, over what 0.8 microseconds need
 
-Resident warps follow from registers (65,536 on a multiprocessor, in steps of 8 a thread) and from 32 programs at most,
-each of one warp. On gfx942 they are those of one SIMD unit of 512 registers a lane. Launches, the tail of the last
-programs and the second cache are left out.
+Resident warps follow from registers (65,536 on a multiprocessor, in steps of 8 a thread), from 32 programs at most, and
+from how many are started on 132 multiprocessors. On gfx942 they are those of one SIMD unit of 512 registers a lane.
+Launches, the tail of the last programs and the second cache are left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ LINE = 128
 def resident_warps(case: Case, code: Code) -> int:
     if case.target == "gfx942":
         return min(8, 512 // (-(-code.registers // 8) * 8))
-    return min(32, 65536 // (-(-code.registers // 8) * 8 * 32))
+    started = -(-code.programs * code.warps // MULTIPROCESSORS)
+    return min(32 * code.warps, started, 65536 // (-(-code.registers // 8) * 8 * 32))
 
 
 def shares(code: Code, warps: int) -> dict[str, float]:

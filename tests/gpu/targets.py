@@ -8,6 +8,7 @@ A process either interprets kernels or compiles them, and the tests' own interpr
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -68,6 +69,8 @@ class Code:
     rows: int
     unit: int
     lanes: int  # of a warp
+    warps: int  # of a program
+    programs: int
     bytes_per_weight: float
     wide_loads: int  # of 16 bytes, in the loop
     weights: int  # that a thread multiplies in one turn of the loop, told from its fused multiply-adds
@@ -168,6 +171,7 @@ def build(started: Launch, target: str) -> Any:
     function = started.function
     signature: dict[str, str] = {}
     aligned = {}
+    varied = {param.name for param in function.params if param.do_not_specialize}
     for index, name in enumerate(function.arg_names):
         given = started.arguments.get(name)
         if given is None:
@@ -175,7 +179,7 @@ def build(started: Launch, target: str) -> Any:
         else:
             number = "fp32" if isinstance(given, float) else "i32"
             signature[name] = _TYPES[given.dtype] if isinstance(given, Tensor) else number
-            if isinstance(given, Tensor) or (isinstance(given, int) and given % 16 == 0):
+            if isinstance(given, Tensor) or (isinstance(given, int) and given % 16 == 0 and name not in varied):
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, started.constants, aligned)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=started.options)
@@ -186,7 +190,8 @@ def read(case: Case) -> Code:
     made = build(started, case.target)
     plan, rows = started.constants.get("PLAN"), started.constants.get("ROWS", 0)
     unit = plan.unit if plan else 0
-    told = {"rows": rows, "unit": unit, "lanes": TARGETS[case.target][2], "bytes_per_weight": size}
+    told = {"rows": rows, "unit": unit, "lanes": TARGETS[case.target][2], "warps": started.warps,
+            "programs": math.prod(started.grid), "bytes_per_weight": size}  # fmt: skip
     if case.target.startswith("gfx"):
         text = made.asm["amdgcn"]
         found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}

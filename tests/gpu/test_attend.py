@@ -18,6 +18,7 @@ SHAPES = {  # batch, heads, groups, tokens, head size, columns so far
     "tokens across the edge of a chunk": (1, 4, 2, 8, 16, launch.CHUNK + 3),
     "three queries a group": (2, 6, 2, 2, 16, 40),
     "two texts": (2, 4, 2, 3, 16, 2 * launch.CHUNK + 9),
+    "many chunks": (1, 2, 1, 1, 16, 37 * launch.CHUNK + 9),
 }
 
 
@@ -65,7 +66,9 @@ def test_a_token_is_what_it_is_alone():
     assert torch.equal(alone, library.attend(q, keys, values, seen)[1:])
 
 
-@pytest.mark.parametrize("first", [1, 8, 200, launch.CHUNK - 1, launch.CHUNK, launch.CHUNK + 5, 2 * launch.CHUNK + 5])
+@pytest.mark.parametrize(
+    "first", [1, 8, launch.CHUNK * 3 // 4, launch.CHUNK - 1, launch.CHUNK, launch.CHUNK + 5, 2 * launch.CHUNK + 5]
+)
 def test_columns_before_the_first_that_is_seen(first):
     """Padding, or what a sliding window hides: NaN there changes nothing, and the other text sees all."""
     q, keys, values, seen = made("two texts")

@@ -34,7 +34,7 @@ def test_nothing_is_spilled(codes, case):
     assert code.spilled == 0
     assert not {"LDL", "STL"} & code.whole.keys()
     # 12 warps on a multiprocessor, or 8 where units have 64 columns; one wave on each unit of gfx942
-    bound = 255 if case.tokens > 2 or case.kind in ("Q2_K", "Q3_K") else 168
+    bound = 255 if case.tokens > 2 or case.kind in ("Q2_K", "Q3_K") or case.kernel == "attend" else 168
     bound = 512 if case.target == "gfx942" else bound
     assert code.registers <= bound, code.registers
 
@@ -58,7 +58,8 @@ def test_threads_keep_to_themselves_until_the_end(codes, case):
     code = codes[case]
     names = {name.split("_")[0] for name in code.whole} if case.target == "gfx942" else set(code.whole)
     assert not {"ATOM", "ATOMG", "RED", "REDG"} & names and not any("atomic" in name for name in code.whole)
-    if case.target != "gfx942" and case.kernel in OF_ROWS:
+    looped = case.kind != "fp32" or code.loop != code.whole  # 8 turns of little work have become one text
+    if case.target != "gfx942" and case.kernel in OF_ROWS and looped:
         assert not {"LDS", "STS", "LDSM", "BAR", "SHFL"} & code.loop.keys()
 
 

@@ -6,6 +6,7 @@ tests run in Triton's interpreter on CPU tensors, over small shapes: that they a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,26 @@ import torch
 from gpu.random_planes import KINDS, make
 from torch import Tensor
 
+import mixtools
+from mixtools.errors import MixtoolsError
+from mixtools.formats.nf4 import levels as nf4_levels
 from mixtools.inference import loading, mixture
 from mixtools.inference.generate import Options, generate
 from mixtools.inference.model import Cache, Mixtral
 from mixtools.inference.step import Step
 from mixtools.inference.stream import Stream
 from mixtools.layouts.detect import open_checkpoint
-from mixtools.ops.gpu import launch, library, planes, reference
+from mixtools.ops import cpu, feedback
+from mixtools.ops.encode import encode
+from mixtools.ops.feedback import Block
+from mixtools.ops.gpu import encoding, launch, library, planes, reference
+from mixtools.storage.dtypes import DType
+from mixtools.storage.store import from_tensor
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, where kernels are interpreted
+]
 CARD = torch.cuda.is_available()
 DEVICE = "cuda" if CARD else "cpu"
 HIDDEN, INNER = (4096, 14336) if CARD else (256, 32)
@@ -192,6 +204,81 @@ def test_a_streamed_run_is_that_of_a_cpu(dtype):
     found = [Stream(open_checkpoint(NANO), DEVICE, dtype).hidden(ids).rows(0, 250) for _ in range(2)]
     assert of_range(found[0], truth) < (1e-5 if dtype == torch.float32 else 2e-2)
     assert torch.equal(*found)
+
+
+# --- what quantizes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpus_kernels() -> None:
+    """With which the GPU's are compared."""
+    try:
+        cpu.kernels()
+    except MixtoolsError as error:
+        pytest.skip(f"without the CPU's: {error}")
+
+
+def rows_of_kinds(columns: int) -> Tensor:
+    random = torch.Generator().manual_seed(2)
+    normal = torch.randn(40, columns, generator=random)
+    normal[:8] *= 0.02
+    normal[8:16] = normal[8:16] ** 5
+    normal[16:20] = normal[16:20, :1]
+    normal[20:22] = 0
+    normal[22:26, 1::7] = -0.0
+    normal[26:30] = normal[26:30].abs() + 1
+    normal[30:34] *= 1e-6
+    normal[34:38] = normal[34:38].round()
+    return normal
+
+
+@pytest.mark.parametrize(
+    ("type", "dtype", "weighted"),
+    [(type, torch.bfloat16, weighted) for type in encoding.ENCODED for weighted in (False, True)][:: 1 if CARD else 5]
+    + [(type, torch.float32, True) for type in (DType.Q4_K, DType.Q6_K, DType.Q5_K, DType.Q8_0)][:: 1 if CARD else 3],
+    ids=str,
+)
+def test_blocks_are_a_cpus(type, dtype, weighted, cpus_kernels):
+    rows = rows_of_kinds(1536 if CARD else 512).to(dtype)
+    importance = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(4)) if weighted else None
+    given = None if importance is None else importance.to(DEVICE)
+    found = encoding.encode(rows.to(DEVICE), type, given).cpu().numpy()
+    expected = encode(from_tensor(rows), DType.of(dtype), type, None if importance is None else importance.numpy())
+    assert (found == expected).all()
+
+
+@pytest.mark.parametrize("columns", [128, 100] if CARD else [20])
+@pytest.mark.parametrize("levels", [range(16), nf4_levels()], ids=["integers", "nf4"])
+def test_rounding_is_a_cpus(levels, columns, cpus_kernels):
+    random = torch.Generator().manual_seed(6)
+    rows, groups = 1000 if CARD else 70, 4
+    weights = torch.randn(columns, rows, generator=random)
+    scale = torch.rand(groups, rows, generator=random) * 0.3
+    scale[0, :3] = 0
+    fed = torch.randn(columns, columns, generator=random) * 0.1
+    given = (
+        weights.clone(), weights, torch.randn(columns, rows, generator=random) * 0.1,
+        torch.zeros(columns, rows, dtype=torch.uint8), scale, -scale, torch.arange(columns) * groups // columns, fed,
+    )  # fmt: skip
+    theirs, ours = (Block(*one[:6], given[6].int(), one[7])
+                    for one in ([part.clone().to(device) for part in given] for device in ("cpu", DEVICE)))  # fmt: skip
+    feedback.round_block(theirs, levels)
+    feedback._round_on_gpu(ours, *feedback._checked_levels(levels))
+    for name in ("targets", "errors", "codes"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)), name
+
+
+@needs_card
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"type": ["Q4_K_M"]}], ids=str)
+def test_a_calibrated_run_is_as_good_as_a_cpus(options, tmp_path, cpus_kernels):
+    errors = []
+    for device in ("cpu", DEVICE):
+        out = tmp_path / device
+        mixtools.quantize(NANO, out, calibration="default", samples=8, seq_len=128, device=device, **options)
+        (report,) = out.glob("*quantize-report.json")
+        errors.append([row["error"] for row in json.loads(report.read_text("utf-8"))["matrices"]])
+    theirs, ours = (torch.tensor(each) for each in errors)
+    assert torch.isfinite(ours).all() and float((ours / theirs).log().abs().max()) < 0.1
 
 
 def test_planes_are_made_on_the_device():

@@ -22,7 +22,7 @@ def inputs(tokens: int, columns: int, experts: int, dtype: torch.dtype) -> tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "columns", "experts", "choices"),
-    [(1, 512, 8, 2), (3, 1024, 8, 2), (8, 100, 8, 2), (2, 513, 5, 3), (2, 7, 1, 1), (2, 1600, 16, 16)],
+    [(1, 512, 8, 2), (3, 1024, 8, 2), (8, 100, 8, 2), (2, 513, 5, 3), (2, 7, 1, 1), (2, 1600, 16, 16), (1, 5000, 8, 2)],
 )
 def test_routing(tokens, columns, experts, choices, dtype):
     x, norm, router = inputs(tokens, columns, experts, dtype)
@@ -56,6 +56,16 @@ def test_of_equal_experts_the_first():
     _, _, experts = library.route(x, norm, router, EPS, 8)
     for row in experts.tolist():
         assert [expert for expert in row if expert in (1, 3, 6)] == [1, 3, 6]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_of_what_is_no_number_an_expert_that_there_is():
+    """Its planes are read: beyond the last there is other memory, or none."""
+    x, norm, router = inputs(2, 64, 5, torch.float32)
+    x[1, 3] = torch.nan
+    _, weights, experts = library.route(x, norm, router, EPS, 2)
+    assert weights[0].isfinite().all() and weights[1].isnan().all()
+    assert bool(((experts >= 0) & (experts < 5)).all())
 
 
 def test_large_logits_do_not_overflow():

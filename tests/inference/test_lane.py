@@ -45,6 +45,9 @@ class _Line:
     def wait_event(self, event: Any) -> None:
         self.card.log.append((self.name, "waits", event.number))
 
+    def synchronize(self) -> None:
+        self.card.log.append((self.name, "is waited for"))
+
     def record_event(self) -> Any:
         self.card.events += 1
         self.card.log.append((self.name, "event", self.card.events))
@@ -121,3 +124,11 @@ def test_what_reading_raises_by_a_lane_is_raised(card, monkeypatch):
     monkeypatch.setattr(arriving, "_read", broken)
     with pytest.raises(TensorError, match="damaged"):
         Stream(read_nano(), dtype=torch.bfloat16).hidden(some_ids(2048, 5))
+
+
+def test_a_stream_that_is_left_waits_for_what_was_sent(card):
+    """What it was sent to is given back then, and may be another's at once."""
+    layers = Stream(read_nano(), dtype=torch.bfloat16).layers(0, 2)
+    next(layers)
+    layers.close()
+    assert card.log[-1] == ("copies", "is waited for")

@@ -28,8 +28,9 @@ def _more(sums, weight, parts, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def products(x, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
-    """Rows [R] (int64) of the planes times x [TOKENS, in] -> TOKENS sums, fp32 [R, units taken together, wide] each."""
+def products(x, tokens, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
+    """Rows [R] (int64) of the planes times x [tokens, in] -> TOKENS sums, fp32 [R, units taken together, wide] each;
+    those from `tokens` on are the last one's again."""
     UNIT: tl.constexpr = PLAN.unit
     UNITS: tl.constexpr = PLAN.units
     TOGETHER: tl.constexpr = PLAN.together
@@ -48,10 +49,11 @@ def products(x, planes, row, nought, TOKENS: tl.constexpr, PLAN: tl.constexpr):
             column = (unit * UNIT + j * STEP)[:, None] + place
             parts = ()
             for token in tl.static_range(TOKENS):
+                line = x + tl.minimum(token, tokens - 1) * PLAN.columns
                 if WHOLE:
-                    part = tl.load(x + token * PLAN.columns + column)
+                    part = tl.load(line + column)
                 else:
-                    part = tl.load(x + token * PLAN.columns + column, mask=column < PLAN.columns, other=0.0)
+                    part = tl.load(line + column, mask=column < PLAN.columns, other=0.0)
                 parts = parts + (part,)
             if PLAN.wide == STEP:
                 sums = _more(sums, value(loaded, nought, KIND, j), parts, TOKENS)
@@ -73,18 +75,19 @@ def total(sums):
     return tl.sum(tl.sum(sums, 2), 1)
 
 
-@triton.jit
-def gemv(x, before, out, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, TOKENS: tl.constexpr, ADDS: tl.constexpr,
-         PLAN: tl.constexpr):  # fmt: skip
-    """out [TOKENS, rows] = x [TOKENS, in] times the planes' rows, and `before` [TOKENS, rows] where it ADDS that.
-    Programs: ceil(rows / ROWS)."""
+@triton.jit(do_not_specialize=["tokens"])
+def gemv(x, before, out, tokens, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+         ADDS: tl.constexpr, PLAN: tl.constexpr):  # fmt: skip
+    """out [tokens, rows] = x [tokens, in] times the planes' rows, and `before` [tokens, rows] where it ADDS that.
+    TOKENS: the power of two from `tokens` on. Programs: ceil(rows / ROWS)."""
     row = tl.minimum(tl.program_id(0) * ROWS, rows - ROWS).to(tl.int64) + tl.arange(0, ROWS)
-    sums = products(x, (p0, p1, p2, p3, p4), row, rows >> 31, TOKENS, PLAN)
+    sums = products(x, tokens, (p0, p1, p2, p3, p4), row, rows >> 31, TOKENS, PLAN)
     for token in tl.static_range(TOKENS):
         made = total(sums[token])
-        if ADDS:
-            made += tl.load(before + token * rows + row).to(tl.float32)
-        tl.store(out + token * rows + row, made.to(out.dtype.element_ty))
+        if token < tokens:
+            if ADDS:
+                made += tl.load(before + token * rows + row).to(tl.float32)
+            tl.store(out + token * rows + row, made.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -96,7 +99,7 @@ def gate_up(x, experts, out, inner, p0, p1, p2, p3, p4, CHOICES: tl.constexpr, R
     first = tl.minimum(tl.program_id(1) * (ROWS // 2), inner - ROWS // 2)
     index = tl.arange(0, ROWS)  # gate and up by turns
     row = tl.load(experts + choice).to(tl.int64) * (2 * inner) + first + (index % 2 * inner + index // 2)
-    sums = products(x + choice // CHOICES * PLAN.columns, (p0, p1, p2, p3, p4), row, inner >> 31, 1, PLAN)
+    sums = products(x + choice // CHOICES * PLAN.columns, 1, (p0, p1, p2, p3, p4), row, inner >> 31, 1, PLAN)
     gate, up = tl.split(tl.reshape(total(sums[0]), (ROWS // 2, 2)))
     shrunk = tl.exp(-tl.abs(gate))
     made = gate * tl.where(gate < 0, shrunk, 1.0) / (1 + shrunk) * up  # silu, without an overflow on either side
@@ -115,7 +118,7 @@ def down(x, experts, weights, before, out, rows, p0, p1, p2, p3, p4, CHOICES: tl
     made = tl.zeros((ROWS,), tl.float32)
     for choice in range(token * CHOICES, token * CHOICES + CHOICES):
         row = tl.load(experts + choice).to(tl.int64) * rows + first + index
-        sums = products(x + choice * PLAN.columns, (p0, p1, p2, p3, p4), row, rows >> 31, 1, PLAN)
+        sums = products(x + choice * PLAN.columns, 1, (p0, p1, p2, p3, p4), row, rows >> 31, 1, PLAN)
         made += tl.load(weights + choice) * total(sums[0])
     if ADDS:
         made += tl.load(before + token * rows + first + index).to(tl.float32)
@@ -127,10 +130,19 @@ def unpack(out, rows, p0, p1, p2, p3, p4, ROWS: tl.constexpr, PLAN: tl.constexpr
     """out [rows, in] = the planes' values, for products of many tokens. Programs: ceil(rows / ROWS), then a row's runs
     of units taken together."""
     row = tl.minimum(tl.program_id(0) * ROWS, rows - ROWS).to(tl.int64) + tl.arange(0, ROWS)
-    unit = tl.program_id(1) * PLAN.together + tl.arange(0, PLAN.together)
+    TOGETHER: tl.constexpr = PLAN.together
     KIND: tl.constexpr = PLAN.kind
+    unit = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     loaded = load((p0, p1, p2, p3, p4), row, tl.minimum(unit, PLAN.units - 1), PLAN)
-    for j in tl.static_range(PLAN.unit // PLAN.wide):
-        column = (unit * PLAN.unit + j * PLAN.wide)[None, :, None] + tl.arange(0, PLAN.wide)[None, None, :]
-        made = value(loaded, rows >> 31, KIND, j).to(out.dtype.element_ty)
+    # two runs of columns at a time where they are of four: 16 bytes of 16-bit values a thread
+    STEP: tl.constexpr = 8 if PLAN.wide == 4 and PLAN.unit > 4 else PLAN.wide
+    for j in tl.static_range(PLAN.unit // STEP):
+        if PLAN.wide == STEP:
+            made = value(loaded, rows >> 31, KIND, j).to(out.dtype.element_ty)
+        else:
+            first = value(loaded, rows >> 31, KIND, 2 * j).to(out.dtype.element_ty)
+            second = value(loaded, rows >> 31, KIND, 2 * j + 1).to(out.dtype.element_ty)
+            made = tl.permute(tl.join(first, second), (0, 1, 3, 2))
+            made = tl.reshape(made, (ROWS, TOGETHER, STEP))
+        column = (unit * PLAN.unit + j * STEP)[None, :, None] + tl.arange(0, STEP)[None, None, :]
         tl.store(out + (row * PLAN.columns)[:, None, None] + column, made, mask=column < PLAN.columns)

@@ -21,12 +21,14 @@ Arguments = dict[str, Tensor | int | float]
 _ONE = threading.Lock()  # Triton compiles, and interprets, for one thread at a time
 MOST_TOKENS = 8
 LANES = 64 if torch.version.hip else 32  # threads of a warp
-CHUNK = 256  # columns of a cache that one program of `attend` takes
-# Rows that a program takes, by the number of tokens: x is loaded once for all of them, and each has four sums or eight
-# a thread and token.
-_ROWS = {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
-_ROUTED_COLUMNS, _ROUTING_WARPS = 512, 4
-_COLUMNS_TOGETHER, _ATTENDING_WARPS = 8, 4
+CHUNK = 64  # columns of a cache that one program of `attend` takes
+# Rows that a program takes, by the number of tokens it is compiled for: x is loaded once for all of them, and each has
+# four sums or eight a thread and token.
+_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}
+_ROUTED_COLUMNS, _ROUTING_WARPS = 2048, 16  # one program a token: it waits for memory once for as many columns
+_PARTS_TOGETHER, _ATTENDING_WARPS = 16, 4
+_BUSY = 4096  # warps that have enough on its way to keep the memory of a large card busy
+_ALONE = ("q5_k",)  # kinds whose kernels would spill on sm_100 if another warp was in the program
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Launch:
     arguments: Arguments
     constants: dict[str, Any]
     module: str = "gemv"
-    warps: int = 1  # no thread waits for another
+    warps: int = 1  # with one no thread waits for another
 
     @property
     def function(self) -> Any:
@@ -89,10 +91,15 @@ class Launch:
 
 def gemv(x: Tensor, planes: Planes, out: Tensor, before: Tensor | None = None, lanes: int = LANES) -> Launch:
     """out [T, rows] of x [T, in], added to `before` if that is given; T at most MOST_TOKENS."""
-    tokens, rows = len(x), _rows(len(x), planes.rows)
-    arguments: Arguments = {"x": x, **_added(before, out), "out": out, "rows": planes.rows, **_planes(planes)}
-    constants = {"ROWS": rows, "TOKENS": tokens, "ADDS": before is not None, "PLAN": plan(planes, lanes)}
-    return Launch("gemv", (-(-planes.rows // rows),), arguments, constants)
+    tokens = _power(len(x))
+    rows = _rows(tokens, planes.rows)
+    programs = -(-planes.rows // rows)
+    warps = _warps(programs, planes, lanes)
+    arguments: Arguments = {
+        "x": x, **_added(before, out), "out": out, "tokens": len(x), "rows": planes.rows, **_planes(planes)
+    }  # fmt: skip
+    constants = {"ROWS": rows, "TOKENS": tokens, "ADDS": before is not None, "PLAN": plan(planes, warps * lanes)}
+    return Launch("gemv", (programs,), arguments, constants, warps=warps)
 
 
 def gate_up(x: Tensor, experts: Tensor, planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
@@ -115,8 +122,12 @@ def down(
         **_planes(planes),
     }  # fmt: skip
     at_once = _rows(1, rows)
-    constants = {"CHOICES": experts.shape[1], "ROWS": at_once, "ADDS": before is not None, "PLAN": plan(planes, lanes)}
-    return Launch("down", (tokens, -(-rows // at_once)), arguments, constants)
+    programs = -(-rows // at_once)
+    warps = _warps(programs, planes, lanes)
+    constants = {
+        "CHOICES": experts.shape[1], "ROWS": at_once, "ADDS": before is not None, "PLAN": plan(planes, warps * lanes)
+    }  # fmt: skip
+    return Launch("down", (tokens, programs), arguments, constants, warps=warps)
 
 
 def unpack(planes: Planes, out: Tensor, lanes: int = LANES) -> Launch:
@@ -178,11 +189,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, out: Tensor) -
     mixtures = q.new_empty((batch, heads, tokens, chunks, size), dtype=torch.float32)
     parts: Arguments = {"seen": seen, "largest": largest, "totals": totals, "mixtures": mixtures, "chunks": chunks}
     arguments: Arguments = {"q": q, "keys": keys, "values": values, "capacity": capacity, "scale": size**-0.5}
-    both = {"HEADS": heads, "TOKENS": tokens, "SIZE": size, "CHUNK": CHUNK}
-    constants = {**both, "GROUPS": groups, "QUERIES": _power(heads // groups), "TOGETHER": _COLUMNS_TOGETHER}
-    grid = (batch * groups, tokens, chunks)
-    first = Launch("attend", grid, {**arguments, **parts}, constants, "attend", _ATTENDING_WARPS)
-    return first, Launch("combine", (batch * heads * tokens,), {**parts, "out": out}, both, "attend")
+    constants = {"HEADS": heads, "TOKENS": tokens, "SIZE": size, "CHUNK": CHUNK}
+    grid, arguments = (batch * groups, tokens, chunks), {**arguments, **parts}
+    first = Launch("attend", grid, arguments, {**constants, "GROUPS": groups}, "attend", _ATTENDING_WARPS)
+    constants |= {"TOGETHER": _PARTS_TOGETHER}
+    last = Launch("combine", (batch * heads * tokens,), {**parts, "out": out}, constants, "attend", _ATTENDING_WARPS)
+    return first, last
 
 
 def _power(least: int) -> int:
@@ -195,6 +207,15 @@ def plan(planes: Planes, lanes: int) -> Plan:
     wide = 16 // planes.parts[0].itemsize
     return Plan(kind.name, planes.columns, planes.unit, wide, lanes, planes.matrix_rows, kind.group, kind.zero,
                 kind.has_zeros, kind.nested)  # fmt: skip
+
+
+def _warps(programs: int, planes: Planes, lanes: int) -> int:
+    """Of a program: with few programs several, that share a row's units evenly and still have some turns each."""
+    turns, rest = divmod(-(-planes.columns // planes.unit), lanes)
+    warps = 1
+    while warps < 4 and programs * warps < _BUSY and rest == 0 and turns % (2 * warps) == 0 and turns >= 14 * warps:
+        warps *= 2
+    return 1 if planes.kind.name in _ALONE else warps
 
 
 def _rows(tokens: int, most: int) -> int:

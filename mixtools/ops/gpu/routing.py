@@ -70,7 +70,7 @@ def route(x, norm, router, normed, weights, experts, eps, COLUMNS: tl.constexpr,
     shares = tl.zeros((MANY,), tl.float32)
     for choice in tl.static_range(CHOICES):
         largest = tl.max(logits, 0)
-        first = tl.min(tl.where(logits == largest, expert, PADDED), 0)
+        first = tl.min(tl.where(logits == largest, expert, EXPERTS - 1), 0)  # of NaN: one that there is
         chosen = tl.where(place == choice, first.to(tl.int64), chosen)
         shares = tl.where(place == choice, tl.exp(largest - best), shares)
         logits = tl.where(expert == first, -float("inf"), logits)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def turn(q, k, v, cos, sin, seen, out, keys, values, of_q, of_k, of_v, of_table, capacity, HEADS: tl.constexpr,
          GROUPS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """q [B, HEADS, SIZE], k and v [B, GROUPS, SIZE], texts of_q, of_k, of_v items apart; cos and sin fp32 [B,
