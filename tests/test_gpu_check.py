@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -39,5 +42,27 @@ def test_what_fails_is_told_of_and_takes_nothing_else_along(tmp_path):
     assert done.returncode == 1 and done.stdout.strip() == str(out)
     assert told["small"] and told["parts"]["machine"]["figures"]["torch"] == torch.__version__
     assert "Triton" in told["parts"]["decode"]["failed"]
-    assert told["parts"]["spectra"]["figures"]["ratio"] > 0
+    assert told["parts"]["spectra"]["figures"]["spectrum"]["ratio"] > 0
     assert told["seconds"] >= told["parts"]["spectra"]["seconds"]
+
+
+def test_of_a_part_that_takes_too_long_what_it_found_stays(monkeypatch):
+    script = load_script()
+    late = """if True:
+        import time
+        print('{"kinds": 1}\\n{"kinds": 2}\\n{', end="", flush=True)
+        time.sleep(60)
+    """
+    monkeypatch.setattr(script, "command", lambda part, small: [sys.executable, "-c", late])
+    found = script.run("decode", True, 3.0)
+    assert "more than 3 seconds" in found["failed"] and found["figures"] == {"kinds": 2}
+    monkeypatch.setattr(script, "command", lambda part, small: [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert "figures" not in script.run("decode", True, 1.0)
+
+
+def load_script() -> ModuleType:
+    path = str(ROOT / "scripts" / "gpu_check")
+    loader = SourceFileLoader("gpu_check", path)
+    module = module_from_spec(spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    return module

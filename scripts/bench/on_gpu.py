@@ -114,6 +114,11 @@ def seconds_of(run: Callable[[], object], least: float = 1.0, rounds: int = 3) -
     return sorted(timed(count) for _ in range(rounds))[rounds // 2] if DEVICE.type == "cuda" else one
 
 
+def tell(found: dict[str, Any]) -> None:
+    """What there is so far: a part that takes too long loses nothing of it."""
+    print(json.dumps(found), flush=True)
+
+
 def _wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -154,6 +159,7 @@ def decode(small: bool, kinds: tuple[str, ...] = DECODED, batches: tuple[int, ..
             found[kind][f"batch {batch}"] = _decoded(model, batch, bandwidth)
         if kind in TARGETS:
             found[kind]["target_share"] = TARGETS[kind]
+        tell(found)
         del model
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -205,6 +211,7 @@ def prompts(small: bool) -> dict[str, Any]:
             "layers": model.config.num_layers, "seconds": seconds, "tokens_per_second": texts * length / seconds,
             "share_of_products": operations / rate / seconds, "target_share": target,
         }  # fmt: skip
+        tell(found)
         del model, run
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -253,65 +260,69 @@ def encode(small: bool) -> dict[str, Any]:
             same = None
         seconds = seconds_of(lambda type=type: on_card(weight, type), least=0.2)
         found[type.value] = {"elements_per_second": weight.numel() / seconds, "bytes_as_on_cpu": same}
+        tell(found)
     return found
 
 
 def spectra(small: bool) -> dict[str, Any]:
-    """Expert matrices decomposed for LASER, against this machine's CPU on one of them."""
-    from mixtools.linalg.spectrum import decompose, decompose_batch
+    """An expert matrix's singular values for LASER, and its decomposition, against this machine's CPU."""
+    from mixtools.linalg.spectrum import decompose, decompose_batch, spectrum
 
     shape = (24, 64) if small else (14336, 4096)
     weight = (torch.randn(shape) * 0.02).to(torch.bfloat16)
-    decompose(weight.to(DEVICE))
-    began = time.perf_counter()
-    for _ in range(3):
-        decompose(weight.to(DEVICE)).values.sum().item()
-    _wait()
-    card = (time.perf_counter() - began) / 3
-    began = time.perf_counter()
-    decompose(weight)
-    cpu = time.perf_counter() - began
-    began = time.perf_counter()
-    decompose_batch([weight.to(DEVICE) for _ in range(3)])
-    _wait()
-    together = (time.perf_counter() - began) / 3
-    return {
-        "seconds_a_matrix": card, "seconds_a_matrix_of_three_together": together, "cpu_seconds_a_matrix": cpu,
-        "cpu_threads": torch.get_num_threads(), "ratio": cpu / card, "target_ratio": 20,
-    }  # fmt: skip
+    there = weight.to(DEVICE)
+    found: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "target_ratio": 20}
+    for name, run in (("spectrum", spectrum), ("decomposition", decompose)):
+        card = seconds_of(partial(run, there), least=0.1)
+        found[name] = {"seconds_a_matrix": card}
+        tell(found)
+        began = time.perf_counter()
+        run(weight)
+        cpu = time.perf_counter() - began
+        found[name] |= {"cpu_seconds_a_matrix": cpu, "ratio": cpu / card}
+        tell(found)
+    together = seconds_of(lambda: decompose_batch([there] * 3), least=0.1)
+    found["decomposition"]["seconds_a_matrix_of_three_together"] = together / 3
+    return found
 
 
 def calibrated(small: bool) -> dict[str, Any]:
-    """One full-width layer by `quantize`, 128 x 2048 tokens of random ids."""
+    """One full-width layer by `quantize`, 128 x 2048 tokens of random ids; before it a small one, for which the kernels
+    are compiled."""
     import mixtools
 
     found: dict[str, Any] = {"target_seconds": 20}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        tiny = {"hidden": 256, "ffn": 256, "heads": 4, "kv-heads": 2, "head-dim": 64, "experts": 2}
-        sizes = [word for name, size in tiny.items() for word in (f"--{name}", str(size))]
-        subprocess.run(
-            [sys.executable, ROOT / "scripts" / "make_checkpoint", work / "model", "--preset", "8x7b", "--layers", "1",
-             "--vocab", "2048", "--layout", "hf", "--quiet", "--tokenizer",
-             ROOT / "tests" / "data" / "nano-mixtral" / "tokenizer.model", *(sizes if small else [])],
-            check=True,
-        )  # fmt: skip
+        _checkpoint(work / "small", {"hidden": 1024, "ffn": 1024, "heads": 8, "kv-heads": 2, "experts": 2})
+        if not small:
+            _checkpoint(work / "model", {})
         text = work / "text.txt"
         text.write_text((ROOT / "tests" / "data" / "text.txt").read_text("utf-8") * (1 if small else 200), "utf-8")
-        samples, length = (2, 32) if small else (128, 2048)
-        methods: dict[str, dict[str, Any]] = {"gptq": {"method": "gptq", "calibration": str(text)}}
+        methods: dict[str, dict[str, Any]] = {"gptq": {"method": "gptq"}}
         if not small:
-            methods["Q4_K_M"] = {"type": ["Q4_K_M"], "calibration": str(text)}
+            methods["Q4_K_M"] = {"type": ["Q4_K_M"]}
         for name, options in methods.items():
-            began = time.perf_counter()
-            mixtools.quantize(
-                work / "model", work / name, samples=samples, seq_len=length, device=DEVICE.type, **options
-            )
-            found[name] = {"seconds": time.perf_counter() - began}
-            report = work / name / "quantize-report.json"
-            if report.is_file():
-                found[name]["report"] = json.loads(report.read_text("utf-8"))["seconds"]
+            found[name] = {}
+            for model, samples, length in (("small", 2, 32), *([("model", 128, 2048)] if not small else [])):
+                out, began = work / f"{name}-{model}", time.perf_counter()
+                mixtools.quantize(work / model, out, calibration=str(text), samples=samples, seq_len=length,
+                                  device=DEVICE.type, **options)  # fmt: skip
+                found[name][model] = {"seconds": time.perf_counter() - began}
+                for report in out.glob("*quantize-report.json"):
+                    found[name][model]["stages"] = json.loads(report.read_text("utf-8"))["seconds"]
+                tell(found)
     return found
+
+
+def _checkpoint(to: Path, sizes: dict[str, int]) -> None:
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    tokenizer = ROOT / "tests" / "data" / "nano-mixtral" / "tokenizer.model"
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / "make_checkpoint", to, "--preset", "8x7b", "--layers", "1", "--vocab",
+         "2048", "--layout", "hf", "--quiet", "--tokenizer", tokenizer, *words],
+        check=True,
+    )  # fmt: skip
 
 
 def generation(small: bool) -> dict[str, Any]:
@@ -322,6 +333,7 @@ def generation(small: bool) -> dict[str, Any]:
         model = model_of(config, kind)
         prompt = torch.randint(config.vocab_size, (40 if small else 512,)).tolist()
         found[kind] = {"seconds": seconds_of(partial(prefill, model, [prompt], 8), least=0.2)}
+        tell(found)
         del model
     return found
 
@@ -338,7 +350,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    print(json.dumps(PARTS[args.part](args.small)))
+    tell(PARTS[args.part](args.small))
 
 
 if __name__ == "__main__":
