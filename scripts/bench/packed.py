@@ -1,7 +1,7 @@
 """Products with ggml's blocks as they lie, and with our own of other formats, against the machine's memory, its own
 decoder and the same matrix in bf16; generation from a GGUF against llama.cpp on the same file and threads, in one run.
 
-    python scripts/bench/packed.py [MODEL.gguf ... --peer-python PYTHON] [--tokens 32]
+    python scripts/bench/packed.py [MODEL.gguf ... --peer-python PYTHON] [--tokens 32] [--models-only]
 
 For a peer, PYTHON has llama-cpp-python. The two take turns, `--rounds` times each; the best of each counts, and the
 ratio of each pair is told. Both have OMP_NUM_THREADS' threads.
@@ -143,11 +143,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models-only", action="store_true", help="no products of single matrices")
     args = parser.parse_args()
-    results: dict[str, Any] = {
-        "goals": GOALS, "shape": [OUT, IN], "reading": reading(), "widened": widened(), "types": {}, "models": {}
-    }  # fmt: skip
-    for type in [*sorted(NATIVE, key=lambda type: type.value), *kinds()]:
+    results: dict[str, Any] = {"goals": GOALS, "reading": reading(), "models": {}}
+    if not args.models_only:
+        results |= {"shape": [OUT, IN], "widened": widened(), "types": {}}
+    for type in [] if args.models_only else [*sorted(NATIVE, key=lambda type: type.value), *kinds()]:
         results["types"][type.value] = products(type)
         print(type.value, {n: f"{r['registers'] / 1e9:.1f}" for n, r in results["types"][type.value]["rates"].items()},
               flush=True)  # fmt: skip
