@@ -87,6 +87,28 @@ def test_any_number_of_tokens(name, tokens):
         assert torch.equal(check_gemv(made, torch.cat((x[:1], 1000 * x[1:])))[0], out[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "warps"),
+    [("bf16", 3584, 2), ("bf16", 7168, 4), ("bf16", 3584 + 256, 1), ("Q4_K", 14336, 2), ("Q5_K", 14336, 1)],
+)
+def test_few_long_rows_are_shared_by_several_warps(name, columns, warps):
+    """As those of w2 are, whose programs alone would not keep a card's memory busy."""
+    made, rows = make(name, 8, 1), 8
+    made = make(name, rows, columns // made.planes.columns)
+    started = launch.gemv(x := inputs(1, columns), made.planes, torch.empty(1, rows), lanes=32)
+    assert made.planes.columns == columns and started.warps == warps
+    assert started.constants["PLAN"].together == 32 * warps
+    check_gemv(made, x)
+    choice, weight, out = torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]]), torch.full((1, 4), torch.nan)
+    x = inputs(1, 2, columns)
+    started = launch.down(x, choice, weight, made.planes, out, lanes=32)
+    assert started.warps == warps
+    started.run()
+    values = made.values.double().view(2, 4, columns)[choice[0]] * weight[0, :, None, None]
+    assert_close(out, torch.einsum("kdf,tkf->td", values, x.double()),
+                 torch.einsum("kdf,tkf->td", values.abs(), x.double().abs()))  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "Q8_0", "gptq"])
 def test_any_dtype_of_x_and_result(name, dtype):

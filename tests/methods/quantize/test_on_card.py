@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from mixtools.inference.model import Layer
 from mixtools.inference.states import States
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import random_reader
+from mixtools.layouts.reader import Spec
 from mixtools.linalg.few import Few
-from mixtools.methods.quantize import matrix, rounding
+from mixtools.methods.quantize import matrix, rounding, worker
 from mixtools.methods.quantize.clock import Clock
 from mixtools.methods.quantize.collect import Squares
 from mixtools.methods.quantize.grid import Groups, Scheme
@@ -30,6 +32,7 @@ from mixtools.methods.quantize.grid_bnb import AbsMax
 from mixtools.methods.quantize.grid_ggml import Blocks
 from mixtools.methods.quantize.layer import HeadWork, LayerWork
 from mixtools.methods.quantize.matrix import Options
+from mixtools.methods.quantize.passage import Passage
 from mixtools.methods.quantize.worker import Method, Row
 from mixtools.names import Role, Slot
 from mixtools.storage.dtypes import DType
@@ -149,6 +152,33 @@ def test_a_stage_ends_when_the_card_is_done(monkeypatch: pytest.MonkeyPatch) -> 
             now[0] += 1
         assert clock.seconds == {"rounding": seconds}
     assert {*asked} == {torch.device("cuda", 1)}
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "row", "nf4", "Q4_K", "MXFP4"])
+def test_what_becomes_of_a_matrix_is_what_a_reader_sees(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made where it lies, some columns at a time, of as many runs of columns as were rounded by themselves."""
+    monkeypatch.setattr(worker, "_COLUMNS", 96)
+    grids, how = SCHEMES[scheme](), torch.Generator().manual_seed(2)
+    parts = []
+    for width in (256, 512) if scheme != "row" else (512,):
+        weights = torch.randn(width, 64, generator=how) * torch.randn(64, generator=how).exp()
+        grid = grids.grid(weights, torch.rand(width, generator=how))
+        parts.append((grid, grid.nearest(weights)))
+    packed = grids.pack(parts)
+    assert grids.plain and torch.equal(worker.values(parts, packed.dense.dtype), packed.dense)
+
+
+def test_a_weight_is_read_from_its_layer_where_it_is_the_sources_own() -> None:
+    """As a copy, which is changed while it is quantized; another dtype's has lost digits there."""
+    there, stored = torch.randn(4, 6), torch.randn(4, 6)
+    layer: Any = SimpleNamespace(weight=lambda _: there)
+    for dtype, expected in ((DType.F32, there), (DType.BF16, stored)):
+        source: Any = SimpleNamespace(spec=lambda _, dtype=dtype: Spec((4, 6), dtype), read=lambda _: stored)
+        reading: Any = SimpleNamespace(
+            source=source, stream=SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+        )
+        found = Passage._read(reading, layer, Slot(Role.Q, 0))
+        assert torch.equal(found, expected) and found.data_ptr() != there.data_ptr()
 
 
 @pytest.mark.parametrize("start", [0, 5, 12])
