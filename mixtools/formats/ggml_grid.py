@@ -37,6 +37,14 @@ class Supers(NamedTuple):
     scales: Array  # int8 [rows, groups]
     mins: Array | None  # int8 [rows, groups]
 
+    def grid(self) -> tuple[Array, Array]:
+        """Scale and minimum of each group, as `grid`."""
+        with np.errstate(all="ignore"):
+            scale = _each_group(self.d, self.scales)
+            if self.dmin is None or self.mins is None:
+                return scale, np.full_like(scale, -0.0)
+            return scale, -_each_group(self.dmin, self.mins)
+
 
 class _Part(NamedTuple):
     """`bits` bits of each byte, from `shift` on, are those of an item from `left` on: of the items from `to` on."""
@@ -185,12 +193,7 @@ def grid(type: DType, blocks: Array) -> tuple[Array, Array]:
 
     What is no number in them is no number in ggml's values either; the caller looks for it.
     """
-    d, dmin, scales, mins = supers(type, blocks)
-    with np.errstate(all="ignore"):
-        scale = _each_group(d, scales)
-        if dmin is None or mins is None:
-            return scale, np.full_like(scale, -0.0)
-        return scale, -_each_group(dmin, mins)
+    return supers(type, blocks).grid()
 
 
 def supers(type: DType, blocks: Array) -> Supers:

@@ -17,7 +17,7 @@ from ..config import MixtralConfig
 from . import rope
 
 BAND_ROWS = 512  # that attend at a time behind a sliding window
-_PLANLESS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Span(NamedTuple):
@@ -153,4 +153,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def _kernels(device: torch.device) -> AbstractContextManager[None]:
     """On a GPU without cuDNN's, which plans for half a second at each new length."""
-    return sdpa_kernel([*_PLANLESS]) if device.type == "cuda" else nullcontext()
+    return sdpa_kernel(_PLANLESS) if device.type == "cuda" else nullcontext()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -134,7 +134,7 @@ class Stream:
         check_ids(sequences, self.config)
         if not plan.kept:
             self.forget()
-        states = self._states(lengths, replace(plan, spilled=spilled or plan.spilled))
+        states = self.states(lengths, spilled=spilled or plan.spilled)
         embedding = Embedding.load(self.reader, self.device, self.dtype)
         for start, ids in zip(states.starts, sequences, strict=False):
             states.write(start, embedding(ids.to(self.device)))
@@ -151,7 +151,7 @@ class Stream:
         plan = self.plan(states.lengths, copies=int(keep), held=states.memory_bytes)
         source, target = states, states
         if keep:
-            target = self._states(states.lengths, plan, states.layer)
+            target = self.states(states.lengths, states.layer, spilled=plan.spilled)
             if states.layer >= stop:
                 for start in range(0, states.tokens, plan.pass_tokens):
                     target.write(start, states.rows(start, min(start + plan.pass_tokens, states.tokens)))
@@ -171,8 +171,9 @@ class Stream:
             return iter(self.layers(first, stop, double=plan.double, reuse=plan.kept))
         return packed_layers(self.reader, range(first, stop), self.device, self.dtype, self._lane(), double=plan.double)
 
-    def _states(self, lengths: Sequence[int], plan: Plan, layer: int = 0) -> States:
-        spill = self.spill if plan.spilled else None
+    def states(self, lengths: Sequence[int], layer: int = 0, *, spilled: bool) -> States:
+        """Room for states before `layer`, where this stream computes or in a file. Raises DiskError as States."""
+        spill = self.spill if spilled else None
         return States(lengths, self.config.hidden_size, self.dtype, layer, spill, device=self.device)
 
     def layers(self, first: int, stop: int, *, double: bool = True, reuse: bool = False) -> Iterator[Arriving]:

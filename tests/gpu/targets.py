@@ -36,6 +36,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 HIDDEN, INNER, EXPERTS, CHOICES, QKV = 4096, 14336, 8, 2, 6144  # of 8x7B
 HEADS, KV_HEADS, HEAD, LENGTH = 32, 8, 128, 4096  # and columns of its cache
 FUSED = ("int4", "q8_0", "q2_k", "q4_k", "q5_k")  # whose decoders ask for a fused multiply-add
+EXCHANGES = ("LDS", "STS", "LDSM", "BAR", "SHFL")  # by which threads hear of each other
 _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int64: "*i64",
@@ -205,7 +206,11 @@ def read(case: Case) -> Code:
     body, whole = loop(sass), [*instructions(sass)]
     names = Counter(line.split()[0] for line in body)
     wide = sum(count for name, count in names.items() if name.startswith("LDG") and ".128" in name)
+    order = [line.split()[0].split(".")[0] for line in whole]
+    loads, meets = ([index for index, name in enumerate(order) if name in names]
+                    for names in (("LDG",), EXCHANGES))  # fmt: skip
     texts = {
+        "exchanges last": bool(loads and meets) and loads[-1] < meets[0],
         "loads 16 bytes": "ld.global.v4.b32" in made.asm["ptx"],
         "rounds to nearest": "cvt.rn.bf16" in made.asm["ptx"] and "cvt.rz.bf16" not in made.asm["ptx"],
     }

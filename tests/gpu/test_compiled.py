@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpu.targets import TARGETS, Case, Code, compiled, startable
+from gpu.targets import EXCHANGES, TARGETS, Case, Code, compiled, startable
 
 KINDS = ["bf16", "fp16", "fp32", "Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "gptq", "gptq v2", "gptq sym",
          "nf4", "nf4 double"]  # fmt: skip
@@ -33,7 +33,8 @@ def test_nothing_is_spilled(codes, case):
     code = codes[case]
     assert code.spilled == 0
     assert not {"LDL", "STL"} & code.whole.keys()
-    # 12 warps on a multiprocessor, or 8 where units have 64 columns; one wave on each unit of gfx942
+    # 12 warps on a multiprocessor, or 8: where units have 64 columns, and in `attend`, which holds all of its columns'
+    # keys and values, so that it waits for memory once; one wave on each unit of gfx942
     bound = 255 if case.tokens > 2 or case.kind in ("Q2_K", "Q3_K") or case.kernel == "attend" else 168
     bound = 512 if case.target == "gfx942" else bound
     assert code.registers <= bound, code.registers
@@ -58,9 +59,11 @@ def test_threads_keep_to_themselves_until_the_end(codes, case):
     code = codes[case]
     names = {name.split("_")[0] for name in code.whole} if case.target == "gfx942" else set(code.whole)
     assert not {"ATOM", "ATOMG", "RED", "REDG"} & names and not any("atomic" in name for name in code.whole)
-    looped = case.kind != "fp32" or code.loop != code.whole  # 8 turns of little work have become one text
-    if case.target != "gfx942" and case.kernel in OF_ROWS and looped:
-        assert not {"LDS", "STS", "LDSM", "BAR", "SHFL"} & code.loop.keys()
+    if case.target != "gfx942" and case.kernel in OF_ROWS:
+        if code.loop == code.whole:  # few turns of little work become one text
+            assert code.texts["exchanges last"]
+        else:
+            assert not {*EXCHANGES} & code.loop.keys()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.target != "gfx942" and case.x == "bfloat16"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ...errors import OutputError, OutputExists, QuantizedError, UsageError
 from ...machine import (
-    available_memory,
     check_device,
     find_device,
+    memory_for,
     parse_limit,
     parse_size,
     peak_memory,
@@ -278,9 +278,10 @@ def _search_job(
         most = texts.samples * texts.seq_len
         windows.append(perplexity.cut(ids, ctx=texts.seq_len, bos_id=tokenizer.bos_id, max_tokens=most))
         told[name] = hashlib.sha256(content.encode()).hexdigest()[:16]
-    limit = machine.max_memory if machine.max_memory is not None else available_memory()
+    where = find_device(machine.device)
+    limit = machine.max_memory if machine.max_memory is not None else memory_for(where, None)
     return plan_search(
-        source, options, Asked(wanted, windows[0], windows[1], told), device=find_device(machine.device),
+        source, options, Asked(wanted, windows[0], windows[1], told), device=where,
         dtype=source.main_dtype().torch(), max_memory=limit, progress=machine.progress,
     )  # fmt: skip
 
@@ -334,8 +335,9 @@ def _calibration(
     ids = tokenizer.encode(read_text(texts.text), bos=False)
     tokenizer.expect_known(ids, source.config)
     text = calibrate.cut(ids, texts.samples, texts.seq_len, tokenizer.bos_id)
-    limit = available_memory() if machine.max_memory is None else machine.max_memory - BASE_MEMORY
-    stream = Stream(source, find_device(machine.device), source.main_dtype().torch(), max_memory=limit)
+    where = find_device(machine.device)
+    limit = memory_for(where, None) if machine.max_memory is None else machine.max_memory - BASE_MEMORY
+    stream = Stream(source, where, source.main_dtype().torch(), max_memory=limit)
     stream.reserved = calibrate.moment_bytes(source.config, slots)
     stream.plan([len(ids) for ids in text.sequences])  # what does not fit is told before anything is read
     if options.sequential:

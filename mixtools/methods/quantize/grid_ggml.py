@@ -66,15 +66,12 @@ class Blocks:
         def turned(part: np.ndarray) -> Tensor:
             return torch.from_numpy(part).to(weights.device).T.float().contiguous()
 
-        supers = tuple(turned(part) for part in (found.d, found.dmin) if part is not None)
-        subs = tuple(turned(part) for part in (found.scales, found.mins) if part is not None)
-        scale, *least = (one.repeat_interleave(len(sub) // len(one), 0) * sub
-                         for one, sub in zip(supers, subs, strict=True))  # fmt: skip
+        scale, least = found.grid()
         return BlockGrid(
-            ggml_grid.group(self.type), scale, least[0].neg_() if least else torch.full_like(scale, -0.0),
-            int(levels[0]) if even else 0, len(levels),
-            None if even else torch.from_numpy(levels).to(weights.device),
-            blocks=torch.from_numpy(blocks), supers=supers, subs=subs,
+            ggml_grid.group(self.type), turned(scale), turned(least), int(levels[0]) if even else 0, len(levels),
+            None if even else torch.from_numpy(levels).to(weights.device), blocks=torch.from_numpy(blocks),
+            supers=tuple(turned(part) for part in (found.d, found.dmin) if part is not None),
+            subs=tuple(turned(part) for part in (found.scales, found.mins) if part is not None),
         )  # fmt: skip
 
     def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:

@@ -164,9 +164,7 @@ class Passage:
         if noted is None or noted["layer"] > index or not (path := self._file(noted["layer"])).is_file():
             return None
         width = self.stream.config.hidden_size
-        spill = self.stream.spill if self.spilled else None
-        states = States(self.lengths, width, self.stream.dtype, noted["layer"], spill, device=self.stream.device)
-        crc = 0
+        states, crc = self.stream.states(self.lengths, noted["layer"], spilled=self.spilled), 0
         with path.open("rb") as file:
             for start in range(0, states.tokens, _ROWS):
                 rows = torch.empty(min(_ROWS, states.tokens - start), width, dtype=self.stream.dtype)

@@ -38,8 +38,7 @@ class Seen:
         self.qkv, self.router = Gram(width, device), Gram(width, device)
         self.o = Gram(config.num_heads * config.head_dim, device)
         self.experts = {expert: Gram(width, device) for expert in range(config.num_experts)}
-        spill = stream.spill if states.spilled else None
-        self.inputs = States(states.lengths, width, stream.dtype, layer.index, spill, device=device)
+        self.inputs = stream.states(states.lengths, layer.index, spilled=states.spilled)
         self.choices = torch.empty(states.tokens, config.experts_per_token, dtype=torch.int16)
         for first, last in passes(states.lengths, pass_tokens):
             length, start, end = states.lengths[first], states.starts[first], states.starts[last]

@@ -91,18 +91,17 @@ class Bench:
         if wanted[0] == 0:
             self.boundaries[0] = states
         for layer in self.stream.layers(0, wanted[-1], double=plan.double):
-            target = self._states(plan, layer.index + 1) if layer.index in self.boundaries else states
+            target = (
+                self.stream.states(self.lengths, layer.index + 1, spilled=plan.spilled)
+                if layer.index in self.boundaries
+                else states
+            )
             self.stream.through(layer, states, into=target, pass_tokens=plan.pass_tokens)
             self.layer_passes += 1
             states, target.layer = target, layer.index + 1
             if states.layer in wanted:
                 self.boundaries[states.layer] = states
         self.stream.progress.finish()
-
-    def _states(self, plan: Plan, layer: int) -> States:
-        spill = self.stream.spill if plan.spilled else None
-        config, device = self.stream.config, self.stream.device
-        return States(self.lengths, config.hidden_size, self.stream.dtype, layer, spill, device=device)
 
     @property
     def _held(self) -> int:
@@ -200,7 +199,7 @@ class Bench:
         own = [{slot: place for slot, place in edits.items() if slot not in common} for edits in sets]
         first = min((int(slot.layer or 0) for edits in sets for slot in edits), default=last)
         begin = max(layer for layer in self.boundaries if layer <= first)
-        targets = [self._states(plan, begin) for _ in sets]
+        targets = [self.stream.states(self.lengths, begin, spilled=plan.spilled) for _ in sets]
         stream.progress.start(
             f"layers {begin} on: {len(sets)} edits", len(sets) * sum(self.lengths) * (last - begin), "tok"
         )
