@@ -132,14 +132,32 @@ class Sampler:
 
 
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """logits [V] -> the smallest set of likeliest tokens whose mass reaches `top_p`, as running mass (fp64) and ids.
+    """logits [V] -> the smallest set of likeliest tokens whose mass reaches `top_p`, as running mass (fp64) and ids:
+    the likeliest first, or all in order of ids where all are asked for.
 
     Source: Holtzman and others, "The Curious Case of Neural Text Degeneration", 2020, arxiv.org/abs/1904.09751.
     """
-    likely, tokens = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    cumulative = likely.cumsum(-1)
+    shares = (logits.double() / temperature).softmax(-1)
+    if top_p == 1:
+        return shares.cumsum(-1), torch.arange(len(shares))
+    for most in (128, 1024, len(shares)):  # to sort all takes longer than a step on a GPU
+        likely, tokens = _likeliest(shares, most)
+        cumulative = likely.cumsum(-1)
+        if cumulative[-1] >= top_p:
+            break
     count = int((cumulative - likely < top_p).sum())  # the token that crosses top_p still belongs
     return cumulative[:count], tokens[:count]
+
+
+def _likeliest(shares: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of shares [V] so many of the greatest and all that equal the last of them, in order, and their ids; equals in
+    order of ids.
+    """
+    ids = torch.arange(len(shares))
+    if most < len(shares):
+        ids = (shares >= shares.topk(most).values[-1]).nonzero().flatten()
+    likely, order = shares[ids].sort(descending=True, stable=True)
+    return likely, ids[order]
 
 
 def _check(model: Mixtral, prompts: Sequence[Sequence[int]]) -> None:

@@ -102,6 +102,18 @@ def test_nucleus_keeps_what_transformers_keeps(model, prompts, temperature, top_
         torch.testing.assert_close(mass, (logits.double() / temperature).softmax(-1)[tokens])
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 9.0])
+@pytest.mark.parametrize("top_p", [0.03, 0.6, 0.999])
+def test_a_nucleus_of_a_large_vocabulary_is_the_beginning_of_all_in_order(spread, top_p):
+    logits = torch.randn(6000, generator=torch.Generator().manual_seed(1)) * spread
+    logits[7::5] = logits[7]  # equals, more than are looked at first
+    likely, order = logits.double().softmax(-1).sort(descending=True, stable=True)
+    cumulative = likely.cumsum(-1)
+    count = int(torch.searchsorted(cumulative, top_p)) + 1
+    found = nucleus(logits, 1.0, top_p)
+    assert torch.equal(found[0], cumulative[:count]) and torch.equal(found[1], order[:count])
+
+
 def test_samples_follow_the_distribution():
     logits = torch.tensor([1.0, -0.5, 2.0, 0.0, 1.5, -30.0])
     sampler = Sampler(Options(temperature=1.3, top_p=0.9, seed=11))
