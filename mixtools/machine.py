@@ -139,14 +139,15 @@ def memory_for(device: torch.device, limit: int | None) -> int | None:
     return available_memory()
 
 
-def product_rate(dtype: str = "float32") -> float:
-    """Operations a second of this machine, from one small product of matrices of this torch dtype."""
+def product_rate(device: torch.device | None = None, dtype: str = "float32") -> float:
+    """Operations a second of a device, the CPU if none is given, from small products in this torch dtype."""
     import torch
 
-    side = 768
-    matrix = torch.ones(side, side, dtype=getattr(torch, dtype))
-    matrix @ matrix
+    side = 768 if device is None or device.type == "cpu" else 4096
+    matrix = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
+    float((matrix @ matrix)[0, 0])  # waits for the device
     began = time.perf_counter()
     for _ in range(3):
-        matrix @ matrix
+        product = matrix @ matrix
+    float(product[0, 0])
     return 3 * 2 * side**3 / max(time.perf_counter() - began, 1e-9)

@@ -104,5 +104,5 @@ def flop(shape: Sequence[int], rebuild: bool, norm: str) -> float:
 
 
 def forecast_seconds(source: Checkpoint, slots: Sequence[Slot], rebuild: bool, norm: str) -> float:
-    """From the shapes and this machine's rate in one small product."""
-    return sum(flop(source.spec(slot).shape, rebuild, norm) for slot in slots) / product_rate("float64")
+    """From the shapes and the CPU's rate in one small product, on whatever device the run is."""
+    return sum(flop(source.spec(slot).shape, rebuild, norm) for slot in slots) / product_rate(dtype="float64")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ...errors import MemoryBudgetError
 from ...inference import budget
 from ...inference.corpus import sequences
@@ -62,16 +64,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a calibrated run: bytes at most, whether the states lie in a file, and operations."""
+    """Of a calibrated run: bytes at most, whether the states lie in a file, operations, and where."""
 
     memory: int
     spilled: bool
     operations: float
+    device: torch.device
 
     @property
     def seconds(self) -> float:
         """At the rate of a product that is measured now."""
-        return round(self.operations / product_rate(), 1)
+        return round(self.operations / product_rate(self.device), 1)
 
 
 def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None) -> Needs:
@@ -99,7 +102,7 @@ def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None
             expected=human_bytes(fixed), found=human_bytes(room),
         )  # fmt: skip
     spilled = room is not None and fixed + states > room
-    return Needs(fixed + (0 if spilled else states), spilled, _operations(source, how, tokens))
+    return Needs(fixed + (0 if spilled else states), spilled, _operations(source, how, tokens), stream.device)
 
 
 def _operations(source: Checkpoint, how: Calibrated, tokens: int) -> float:

@@ -247,7 +247,7 @@ def _forecast(stream: Stream, chunks: int, ctx: int, size: int) -> Forecast:
     config = stream.config
     stream.reserved += collect.reserved_bytes(config, stream.device)
     memory = peak_memory() + stream.plan([ctx] * chunks).peak_bytes
-    seconds = round(chunks * ctx * collect.token_flop(config, ctx) / product_rate(), 1)
+    seconds = round(chunks * ctx * collect.token_flop(config, ctx) / product_rate(stream.device), 1)
     document = {
         "dry_run": True, "chunks": chunks, "chunk_size": ctx, "tokens": chunks * ctx, "layers": config.num_layers,
         "bytes": size, "seconds": seconds, "peak_memory_bytes": memory,
