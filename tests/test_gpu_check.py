@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -58,6 +59,39 @@ def test_of_a_part_that_takes_too_long_what_it_found_stays(monkeypatch):
     assert "more than 3 seconds" in found["failed"] and found["figures"] == {"kinds": 2}
     monkeypatch.setattr(script, "command", lambda part, small: [sys.executable, "-c", "import time; time.sleep(60)"])
     assert "figures" not in script.run("decode", True, 1.0)
+
+
+def test_a_part_that_takes_too_long_leaves_nothing_running(monkeypatch, tmp_path):
+    """What a part has started itself, as a test's workers are, would keep the card busy."""
+    script, pid = load_script(), tmp_path / "pid"
+    late = f"""if True:
+        import pathlib, subprocess, time
+        other = subprocess.Popen(["sleep", "60"])
+        print("not a figure", flush=True)
+        pathlib.Path({str(pid)!r}).write_text(str(other.pid))
+        time.sleep(60)
+    """
+    monkeypatch.setattr(script, "command", lambda part, small: [sys.executable, "-c", late])
+    found = script.run("calibrated", True, 4.0)
+    assert "more than 4 seconds" in found["failed"] and "figures" not in found
+    gone = time.monotonic() + 20
+    while alive(int(pid.read_text())):
+        assert time.monotonic() < gone
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """A zombie, which its new parent has not asked for yet, is not."""
+    state = Path(f"/proc/{pid}/stat")
+    try:
+        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_without_git_its_state_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert load_script().commit() == "unknown"
 
 
 def load_script() -> ModuleType:

@@ -142,8 +142,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
         with _kernels(q.device):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, 1, size)
-    if mask is not None and q.device.type == "cuda":
-        # with shared heads and a mask torch would make all scores at once
+    if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        # with shared heads and a mask, or in fp32, torch would make all scores at once
         k, v = (one.repeat_interleave(heads // one.shape[1], 1) for one in (k, v))
     with _kernels(q.device):
         return F.scaled_dot_product_attention(

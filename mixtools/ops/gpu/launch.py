@@ -33,7 +33,9 @@ _ALONE = ("q5_k",)  # kinds whose kernels would spill on sm_100 if another warp 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel must know of planes when it is compiled. `together`: units of a row that are taken at a time."""
+    """What a kernel must know of planes when it is compiled. `together`: units of a row that are taken at a time;
+    `matrix_rows`: 0 where it need not, so that matrices of other heights share what is compiled.
+    """
 
     kind: str
     columns: int
@@ -205,7 +207,8 @@ def _power(least: int) -> int:
 def plan(planes: Planes, lanes: int) -> Plan:
     kind = planes.kind
     wide = 16 // planes.parts[0].itemsize
-    return Plan(kind.name, planes.columns, planes.unit, wide, lanes, planes.matrix_rows, kind.group, kind.zero,
+    matrix_rows = planes.matrix_rows if kind.nested else 0
+    return Plan(kind.name, planes.columns, planes.unit, wide, lanes, matrix_rows, kind.group, kind.zero,
                 kind.has_zeros, kind.nested)  # fmt: skip
 
 
