@@ -7,6 +7,7 @@
 
 #include "decode.h"
 #include "narrow.h"
+#include "slices.h"
 
 namespace mixtools::blocks {
 
@@ -22,45 +23,50 @@ inline Multiplier multiplier(int type, int isa) {
     return {};
 }
 
-#if MIXTOOLS_AVX512_BF16
-// The same for x of bf16: `x` prepared, strides in 256 values.
-struct NarrowMultiplier {
-    using Run = void (*)(const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t count, const narrow::X* x,
+// The same for x of bf16 that `prepare` has laid out as `X`, strides in 256 values; it may refuse some.
+template <typename X> struct PreparedMultiplier {
+    using Run = void (*)(const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t count, const X* x,
                          int64_t x_stride, float* out, int64_t out_stride);
     Run one = nullptr, together = nullptr;
-    int64_t block_bytes = 0;
-    narrow::Order order{};
+    bool (*prepare)(const float* x, int64_t blocks, X* out) = nullptr;
 };
 
-template <typename Block> NarrowMultiplier narrow_multiplier_of() {
-    return {narrow::multiply<Block, 1>, narrow::multiply<Block, TOGETHER>, sizeof(Block),
-            narrow::Type<Block>::ORDER};
-}
-
-template <int BITS> NarrowMultiplier narrow_multiplier_of_groups(int groups) {
-    switch (groups) {
-        case 1: return narrow_multiplier_of<Grouped<BITS, 1>>();
-        case 2: return narrow_multiplier_of<Grouped<BITS, 2>>();
-        case 4: return narrow_multiplier_of<Grouped<BITS, 4>>();
-        case 8: return narrow_multiplier_of<Grouped<BITS, 8>>();
-    }
-    return {};
-}
-
-inline NarrowMultiplier narrow_multiplier(int type, int isa) {
-    if (isa != AVX512_BF16) return {};
-    switch ((type - 256) / 16) {
-        case 3: return narrow_multiplier_of_groups<3>(type % 16);
-        case 4: return narrow_multiplier_of_groups<4>(type % 16);
-    }
+// make(a block of that type), or what is made of nothing: of the types whose scales are small integers.
+template <typename Made, typename Make> Made of_k_quant(int type, const Make& make) {
     switch (type) {
-        case Q2_K::TYPE: return narrow_multiplier_of<Q2_K>();
-        case Q3_K::TYPE: return narrow_multiplier_of<Q3_K>();
-        case Q4_K::TYPE: return narrow_multiplier_of<Q4_K>();
-        case Q5_K::TYPE: return narrow_multiplier_of<Q5_K>();
-        case Q6_K::TYPE: return narrow_multiplier_of<Q6_K>();
+        case Q2_K::TYPE: return make(Q2_K{});
+        case Q3_K::TYPE: return make(Q3_K{});
+        case Q4_K::TYPE: return make(Q4_K{});
+        case Q5_K::TYPE: return make(Q5_K{});
+        case Q6_K::TYPE: return make(Q6_K{});
     }
     return {};
+}
+
+#if MIXTOOLS_AVX512_BF16
+inline PreparedMultiplier<narrow::X> narrow_multiplier(int type, int isa) {
+    using Made = PreparedMultiplier<narrow::X>;
+    if (isa != AVX512_BF16) return {};
+    const auto make = [](auto block) {
+        using Block = decltype(block);
+        return Made{narrow::multiply<Block, 1>, narrow::multiply<Block, TOGETHER>, narrow::prepare<Block>};
+    };
+    switch ((type - 256) / 16) {
+        case 3: return plain::of_groups<Made, 3>(type, make);
+        case 4: return plain::of_groups<Made, 4>(type, make);
+    }
+    return of_k_quant<Made>(type, make);
+}
+#endif
+
+#if MIXTOOLS_X86
+inline PreparedMultiplier<slices::X> sliced_multiplier(int type, int isa) {
+    using Made = PreparedMultiplier<slices::X>;
+    if (isa != AVX2 && isa != AVX512) return {};
+    return of_k_quant<Made>(type, [](auto block) {
+        using Block = decltype(block);
+        return Made{slices::multiply<Block, 1>, slices::multiply<Block, TOGETHER>, slices::prepare<Block>};
+    });
 }
 #endif
 
@@ -91,14 +97,10 @@ class Pieces {
         step = std::max<int64_t>(1, MULTIPLY_BYTES / std::max<int64_t>(1, of.blocks * wide.block_bytes));
         count = (of.rows + step - 1) / step;
 #if MIXTOOLS_AVX512_BF16
-        narrow = prepare ? narrow_multiplier(static_cast<int>(of.type), isa) : NarrowMultiplier{};
-        if (narrow.one) {
-            prepared.reset(new narrow::X[of.tokens * of.blocks]);
-            for (int64_t token = 0; token < of.tokens; token++)
-                narrow::prepare(of.x + token * of.x_stride, of.blocks, narrow.order, &prepared[token * of.blocks]);
-        }
-#else
-        (void)prepare;
+        if (prepare) narrow.set(product, isa, narrow_multiplier);
+#endif
+#if MIXTOOLS_X86
+        if (prepare) sliced.set(product, isa, sliced_multiplier);
 #endif
         return true;
     }
@@ -106,7 +108,10 @@ class Pieces {
     void run(int64_t piece) const {
         const int64_t first = piece * step, rows = std::min(product.rows - first, step);
 #if MIXTOOLS_AVX512_BF16
-        if (narrow.one) return run(narrow, prepared.get(), product.blocks, first, rows);
+        if (narrow.x) return run(narrow.by, narrow.x.get(), product.blocks, first, rows);
+#endif
+#if MIXTOOLS_X86
+        if (sliced.x) return run(sliced.by, sliced.x.get(), product.blocks, first, rows);
 #endif
         run(wide, product.x, product.x_stride, first, rows);
     }
@@ -123,12 +128,28 @@ class Pieces {
         }
     }
 
+    // A way for x that are prepared, and those; none where there is no such way.
+    template <typename X> struct Prepared {
+        PreparedMultiplier<X> by;
+        std::unique_ptr<X[]> x;
+
+        void set(const Product& of, int isa, PreparedMultiplier<X> (*multiplier)(int, int)) {
+            by = multiplier(static_cast<int>(of.type), isa);
+            if (!by.one) return;
+            x.reset(new X[of.tokens * of.blocks]);
+            for (int64_t token = 0; token < of.tokens; token++)
+                if (!by.prepare(of.x + token * of.x_stride, of.blocks, &x[token * of.blocks])) return x.reset();
+        }
+    };
+
     Product product{};
     Multiplier wide;
     int64_t step = 1;
 #if MIXTOOLS_AVX512_BF16
-    NarrowMultiplier narrow;
-    std::unique_ptr<narrow::X[]> prepared;
+    Prepared<narrow::X> narrow;
+#endif
+#if MIXTOOLS_X86
+    Prepared<slices::X> sliced;
 #endif
 };
 

@@ -45,19 +45,6 @@ inline int column_of(int at, int apart) {
     return 32 * group + 16 * (lane % 2) + 8 * half + at % 8;
 }
 
-inline void prepare(const float* x, int64_t blocks, Order order, X* out) {
-    for (int64_t block = 0; block < blocks; block++, x += 256, out++) {
-        const int groups = 256 / order.scaled;
-        for (int group = 0; group < groups; group++) {
-            float sum = 0;
-            for (int i = 0; i < order.scaled; i++) sum += x[order.scaled * group + i];
-            out->sums[group] = static_cast<float>(order.less) * sum;
-            out->sums[groups + group] = sum;
-        }
-        for (int at = 0; at < 256; at++) out->values[at] = to_bf16(x[column_of(at, order.apart)]);
-    }
-}
-
 using Set = Avx512Codes;
 
 // Of one token: the products so far, in lanes, and what is to be taken from them.
@@ -251,6 +238,21 @@ template <int BITS, int GROUPS> struct Type<Grouped<BITS, GROUPS>> {
             add<TOKENS>(i, codes(block, i), by_32(scales, i, ORDER.apart), x, stride, sums);
     }
 };
+
+template <typename Block> bool prepare(const float* x, int64_t blocks, X* out) {
+    constexpr Order order = Type<Block>::ORDER;
+    for (int64_t block = 0; block < blocks; block++, x += 256, out++) {
+        const int groups = 256 / order.scaled;
+        for (int group = 0; group < groups; group++) {
+            float sum = 0;
+            for (int i = 0; i < order.scaled; i++) sum += x[order.scaled * group + i];
+            out->sums[group] = static_cast<float>(order.less) * sum;
+            out->sums[groups + group] = sum;
+        }
+        for (int at = 0; at < 256; at++) out->values[at] = to_bf16(x[column_of(at, order.apart)]);
+    }
+    return true;
+}
 
 constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
 

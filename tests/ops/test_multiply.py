@@ -68,7 +68,7 @@ K_QUANTS = [DType.Q2_K, DType.Q3_K, DType.Q4_K, DType.Q5_K, DType.Q6_K]
 @pytest.mark.parametrize("type", TYPES, ids=lambda type: type.value)
 @pytest.mark.parametrize(("rows", "count", "tokens"), [(1, 1, 1), (7, 3, 2), (33, 5, 4), (65, 2, 9), (3, 40, 5)])
 def test_a_product_with_bf16_is_as_good(isa, type, rows, count, tokens):
-    """Where the machine has their dot product, what it adds to codes costs some bits of fp32; bf16 has eight."""
+    """Each instruction set has a way of its own; the dot product of bf16 adds to codes what costs some bits of fp32."""
     blocks = some_blocks(type, rows, count, seed=tokens)
     x = torch.from_numpy(vectors(tokens, columns_of(blocks, type))).bfloat16().float().numpy()
     values = decode(blocks, type, DType.F32).view(np.float32).astype(np.float64)
@@ -78,7 +78,7 @@ def test_a_product_with_bf16_is_as_good(isa, type, rows, count, tokens):
     for token in range(tokens):
         alone = multiply(x[token : token + 1], blocks, type, narrow=True)
         np.testing.assert_array_equal(alone, found[token : token + 1])
-    if isa is not cpu.Isa.AVX512_BF16 or type not in K_QUANTS:
+    if isa is cpu.Isa.PLAIN or type not in K_QUANTS:
         np.testing.assert_array_equal(found, multiply(x, blocks, type))
 
 
@@ -93,6 +93,58 @@ def test_each_scale_and_minimum_of_a_product_with_bf16(type):
     steps = np.abs(values).reshape(4, 32, 16).max(-1).repeat(16, -1)
     assert np.all(np.abs(found - values.T) <= 2**-13 * (steps.T + np.abs(values).max()))
     assert np.corrcoef(found.ravel(), values.T.ravel())[0, 1] > 1 - 1e-6
+
+
+def narrow_of(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x).bfloat16().float().numpy()
+
+
+@pytest.mark.parametrize("type", K_QUANTS, ids=lambda type: type.value)
+@pytest.mark.parametrize("largest", [1.0, 127.5, 2.0**12])
+def test_small_values_beside_a_large_one_keep_their_digits(isa, type, largest):
+    """An activation's outliers: all that is not one would be lost in a few bits of the largest."""
+    blocks = some_blocks(type, 20, 3, seed=9)
+    x = narrow_of(vectors(4, 768, 3) * np.float32(2**-4))
+    x[np.arange(4), [5, 300, 301, 767]] = largest
+    values = decode(blocks, type, DType.F32).view(np.float32).astype(np.float64)
+    found = multiply(x, blocks, type, narrow=True)
+    # what is rounded is as large as the largest value of a block, whose scale or minimum that tells
+    spread = np.abs(x).reshape(4, 3, 256)
+    parts = (spread.sum(-1) + 16 * spread.max(-1)) @ np.abs(values).reshape(20, 3, 256).max(-1).T
+    bits = 14 if isa is cpu.Isa.AVX512_BF16 else 22
+    assert np.all(np.abs(found - x.astype(np.float64) @ values.T) <= 2.0**-bits * parts)
+
+
+@pytest.mark.parametrize("type", K_QUANTS, ids=lambda type: type.value)
+@pytest.mark.parametrize("power", [-75, -40, 60, 100])
+def test_powers_of_two_go_through(isa, type, power):
+    blocks = some_blocks(type, 5, 2, seed=4)
+    x = narrow_of(vectors(5, 512, 1))
+    found = multiply(np.ldexp(x, power), blocks, type, narrow=True)
+    np.testing.assert_array_equal(found, np.ldexp(multiply(x, blocks, type, narrow=True), power))
+
+
+@pytest.mark.parametrize("type", K_QUANTS, ids=lambda type: type.value)
+def test_nothing_and_next_to_nothing(isa, type):
+    blocks = some_blocks(type, 5, 2, seed=4)
+    x = np.zeros((2, 512), np.float32)
+    np.testing.assert_array_equal(multiply(x, blocks, type, narrow=True), np.zeros((2, 5)))
+    x[1] = np.ldexp(np.float32(1), -133)  # a denormal
+    found = multiply(x, blocks, type, narrow=True)
+    values = decode(blocks, type, DType.F32).view(np.float32)
+    assert not found[0].any() and np.all(np.abs(found[1]) <= 2.0**-100 * np.abs(values).sum(1))
+
+
+@pytest.mark.parametrize("type", K_QUANTS, ids=lambda type: type.value)
+@pytest.mark.parametrize("strange", [np.inf, -np.inf, np.nan])
+def test_x_that_is_no_number_stays_in_its_token(isa, type, strange):
+    blocks = some_blocks(type, 5, 2, seed=4)
+    x = narrow_of(vectors(6, 512, 1))
+    x[4, 300] = strange
+    found = multiply(x, blocks, type, narrow=True)
+    assert not np.isfinite(found[4]).any() and np.isfinite(found[[0, 1, 2, 3, 5]]).all()
+    if isa is not cpu.Isa.AVX512_BF16:  # no integer stands for it
+        np.testing.assert_array_equal(found, multiply(x, blocks, type))
 
 
 def test_rows_may_lie_anywhere():
