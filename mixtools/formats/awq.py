@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..storage.dtypes import DType
 from . import groups
 from .base import Packed, Part, Stored
-from .bits import pack_awq, unpack_awq
+from .bits import AWQ_ORDER, pack, unpack_awq
 from .gptq import AUTO_ROUND, packing
 
 if TYPE_CHECKING:
@@ -67,16 +67,19 @@ class Awq:
         """
         import torch
 
+        from ..ops.library import turned
+
         rows, columns = codes.shape
         groups.expect_multiple("rows", rows, _A_WORD)
         groups.expect_whole(columns, self.group)
-        small = groups.on_grid(codes, scales, zeros, (rows, groups.count(columns, self.group)))
+        groups.expect_grid(codes, scales, zeros, self.group)
+        zeros = zeros.cpu()
         if self.symmetric:
             groups.expect_zeros(zeros, 8, 8, "a symmetric grid has its zero in the middle")
         groups.expect_zeros(zeros, 0, 15, "zeros have 4 bits")
         parts = (
-            torch.from_numpy(pack_awq(small).view("i4")),
-            torch.from_numpy(pack_awq(zeros.cpu().to(torch.uint8).contiguous().numpy()).view("i4")),
+            turned(pack(codes, self.bits, AWQ_ORDER)).cpu(),
+            pack(zeros.to(torch.uint8), self.bits, AWQ_ORDER).T.contiguous(),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
         )
         return Packed(self, parts)

@@ -1,15 +1,21 @@
 """Codes of a few bits in 32-bit words: dense, low bits first, a value of 3 bits straddling where a word ends.
 
-    codes [rows, n], a byte each ─► pack ─► words [rows, n * bits / 32] ─► unpack ─► codes
+    codes [n, rows], a byte each ─► pack ─► words [n * bits / 32, rows]
+    words [rows, n * bits / 32] ─► unpack ─► codes [rows, n]
 
-A layer of 8x7B has 1.4 G codes, so neighbours are joined in wide words, in runs that stay in a core's cache: each pass
-there moves as many codes at once as a register holds, and main memory sees a code once on each side. Words are
-little-endian, as safetensors and torch store them; numpy computes here on nothing else.
+A layer of 8x7B has 1.4 G codes. They are packed in lines, where they lie: whole lines are shifted into each other, and
+what goes on is a fraction of them. On their way back neighbours are parted in wide words, in runs that stay in a core's
+cache: each pass moves as many codes at once as a register holds, and main memory sees a code once on each side. Words
+are little-endian, as safetensors and torch store them; numpy and torch compute here on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +23,18 @@ import numpy.typing as npt
 from ..errors import TensorError
 from ..ops import cpu
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Codes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
 
 BITS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbours lies in a word's lowest four bits, and so on upwards
 _RUN = 1 << 19  # codes at once
-# how neighbours come together: the words that hold them, then by how much to shift and what to keep, one step each
+_IN_LINES = 1 << 21  # the same on their way into words, where each step looks at an eighth of them at most
+# how neighbours come apart, from the last step to the first: the words that hold them, then how far apart they were and
+# what was kept of them
 _STEPS: dict[int, tuple[str, tuple[tuple[int, int], ...]]] = {
     2: ("<u4", ((6, 0x000F000F), (12, 0x000000FF))),
     3: ("<u8", ((5, 0x003F003F003F003F), (10, 0x00000FFF00000FFF), (20, 0x0000000000FFFFFF))),
@@ -37,22 +48,44 @@ def words_of(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def pack(codes: Codes, bits: int) -> Words:
-    """Codes [rows, n] -> words [rows, words_of(n)]; what is left of the last word is zero.
+def pack(lines: Tensor, bits: int, order: Sequence[int] = range(8)) -> Tensor:
+    """Codes uint8 [n, rows] -> int32 words [words_of(n), rows], each row by itself, on the codes' device.
 
-    Raises TensorError for a code that `bits` cannot hold.
+    What is left of the last word is zero. `order`: which of eight neighbours comes first, and so on. Raises TensorError
+    for a code that `bits` cannot hold.
     """
-    rows, count = codes.shape
-    words = np.empty((rows, words_of(count, bits)), np.uint32)
-    for run in _runs(rows, count):
-        part = _filled(codes[run], words.shape[1] * 32 // bits if bits != 3 else -(-count // 32) * 32)
-        _expect_small(part, bits)
-        words[run] = _joined(part, bits).view(np.uint32)[:, : words.shape[1]]
-    return words
+    import torch
+
+    from ..ops.library import dense
+
+    lines, (count, rows) = dense(lines), lines.shape
+    if bits < 8 and lines.numel() and (most := int(lines.max())) >> bits:
+        raise TensorError(f"code {most} does not fit into {bits} bits")
+    period = 4 // math.gcd(bits, 4)  # eights of codes that fill whole words
+    number = -(-count // (8 * period))
+    if missing := 8 * period * number - count:
+        lines = torch.nn.functional.pad(lines, (0, 0, 0, missing))
+    eights = lines.view(number, period, 8, rows)
+    words = lines.new_empty((number * period * bits // 4, rows), dtype=torch.int32)
+    # byte by byte: whatever a word's highest bit is, nothing here has a sign
+    places = words.view(torch.uint8).view(number, period * bits // 4, rows, 4)
+    step = max(1, _IN_LINES // max(1, 8 * period * rows)) if lines.device.type == "cpu" else max(1, number)
+    for at in range(0, number, step):
+        run = slice(at, at + step)
+        for byte in range(period * bits):
+            eight, inside = divmod(byte, bits)
+            places[run, byte // 4, :, byte % 4] = _byte(eights[run, eight], bits, inside, order)
+    return words[: words_of(count, bits)]
+
+
+def _byte(eight: Tensor, bits: int, number: int, order: Sequence[int]) -> Tensor:
+    """The byte of that number among those that codes [n, 8, rows] fill: [n, rows]."""
+    shifts = {place: bits * at - 8 * number for at, place in enumerate(order) if -bits < bits * at - 8 * number < 8}
+    return reduce(or_, (eight[:, place] << by if by >= 0 else eight[:, place] >> -by for place, by in shifts.items()))
 
 
 def unpack(words: Words, bits: int, count: int) -> Codes:
-    """Words [rows, words_of(count)] -> codes [rows, count]: the inverse of `pack`."""
+    """Words [rows, words_of(count)] -> codes [rows, count]: the inverse of `pack`, on turned matrices."""
     rows = len(words)
     codes = np.empty((rows, count), np.uint8)
     for run in _runs(rows, count):
@@ -63,28 +96,8 @@ def unpack(words: Words, bits: int, count: int) -> Codes:
     return codes
 
 
-def pack_awq(codes: Codes) -> Words:
-    """Codes of 4 bits [out, n] -> words [n, out / 8], each of eight neighbours along `out` in AWQ's order.
-
-    Raises TensorError for a code that 4 bits cannot hold, or an `out` that is no multiple of 8.
-    """
-    rows, count = codes.shape
-    if rows % 8:
-        raise TensorError(f"AWQ packs 8 rows in a word; {rows} rows are no multiple of it")
-    words = np.empty((rows // 8, count), np.uint32)
-    for run in _runs(rows // 8, 8 * count):
-        part = codes[8 * run.start : 8 * run.stop].reshape(-1, 8, count)
-        _expect_small(part, 4)
-        halves = [part[:, low] | part[:, high] << 4 for low, high in zip(AWQ_ORDER[::2], AWQ_ORDER[1::2], strict=True)]
-        words[run] = halves[3]
-        for half in halves[2::-1]:
-            words[run] <<= 8
-            words[run] |= half
-    return cpu.transpose(words)
-
-
 def unpack_awq(words: Words) -> Codes:
-    """Words [n, out / 8] -> codes [out, n]: the inverse of `pack_awq`."""
+    """Words [n, out / 8], each of eight neighbours in AWQ's order -> codes [out, n]."""
     turned: Words = cpu.transpose(np.ascontiguousarray(words))
     eighths, count = turned.shape
     codes = np.empty((eighths, 8, count), np.uint8)
@@ -101,34 +114,8 @@ def _runs(rows: int, count: int) -> Iterator[slice]:
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
-def _filled(codes: Codes, count: int) -> Codes:
-    """Contiguous, with zeros up to `count` columns."""
-    if count == codes.shape[1]:
-        return np.ascontiguousarray(codes)
-    return np.pad(codes, ((0, 0), (0, count - codes.shape[1])))
-
-
-def _expect_small(codes: Codes, bits: int) -> None:
-    if bits < 8 and codes.size and (most := int(codes.max())) >> bits:
-        raise TensorError(f"code {most} does not fit into {bits} bits")
-
-
-def _joined(codes: Codes, bits: int) -> Codes:
-    """Codes [rows, n] with n a whole number of words (of three words for 3 bits) -> bytes [rows, n * bits / 8]."""
-    if bits == 8:
-        return codes
-    kind, steps = _STEPS[bits]
-    words = codes.view(kind)
-    for shift, kept in steps:  # a pair of neighbours, then a pair of pairs, ...
-        words = words | words >> shift
-        words &= kept
-    if bits == 3:
-        return np.ascontiguousarray(words.view(np.uint8).reshape(len(codes), -1, 8)[..., :3]).reshape(len(codes), -1)
-    return words.astype(np.uint8)
-
-
 def _parted(packed: Codes, bits: int) -> Codes:
-    """The inverse of `_joined`."""
+    """Bytes [rows, n * bits / 8], a whole number of words (of three words for 3 bits) -> codes [rows, n]."""
     if bits == 8:
         return packed
     kind, steps = _STEPS[bits]

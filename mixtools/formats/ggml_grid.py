@@ -5,21 +5,25 @@
 
 A code counts from the lowest level up, whatever bits the type stores for it. Scales may be negative, and zero; types
 without a minimum have -0 for one, which leaves every sum as it is, the sign of a zero included. Layouts are those of
-ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/llama.cpp. Free of torch; a call
-takes one thread, and releases Python's lock while numpy works.
+ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/llama.cpp. Codes are put in by torch,
+where they lie; all else is free of it, takes one thread, and releases Python's lock while numpy works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import MixtoolsError, TensorError
+from ..ops import cpu
 from ..storage.dtypes import DType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 
@@ -161,30 +165,40 @@ def codes(type: DType, blocks: Array) -> Array:
     order = np.array(kind.order, np.uint8)
     out = np.empty((rows, cols), np.uint8)
     for strip in _strips(rows, cols):
-        items = _cut(out[strip], type.block)
-        _unpack(kind.codes, _cut(blocks[strip], _size(type)), items)
-        if kind.order:
-            items[...] = np.take(order, items)
+        items = _unpack(kind.codes, _cut(blocks[strip], _size(type)), type.block)
+        _cut(out[strip], type.block)[...] = np.take(order, items) if kind.order else items
     return out
 
 
-def with_codes(type: DType, blocks: Array, codes: Array) -> Array:
+def with_codes(type: DType, blocks: Array, codes: Tensor) -> Array:
     """New blocks: the scales and minima of `blocks` uint8 [rows, bytes], and `codes` uint8 [rows, columns].
 
-    Raises MixtoolsError for codes of another shape or dtype, or above the last.
+    Codes are joined where they lie, on a GPU too, and quickest where those of a column lie side by side. Raises
+    MixtoolsError for codes of another shape or dtype, or above the last.
     """
+    import torch
+
+    from ..ops.library import dense, turned
+
     kind = _kind(type)
     rows, cols = _shape(type, blocks)
-    if codes.shape != (rows, cols) or codes.dtype != np.uint8:
+    if codes.shape != (rows, cols) or codes.dtype != torch.uint8:
         raise MixtoolsError(f"{rows} rows of {cols} codes are as many uint8, not {codes.dtype} {[*codes.shape]}")
-    stored = np.array([kind.order.index(code) for code in range(len(kind.levels))] if kind.order else (), np.uint8)
-    out = np.empty(blocks.shape, np.uint8)
-    for strip in _strips(rows, cols):
-        items, target = _cut(codes[strip], type.block), _cut(out[strip], _size(type))
-        if items.max() >= len(kind.levels):
-            raise MixtoolsError(f"{type.value} has {len(kind.levels)} codes, and none is {items.max()}")
-        out[strip] = blocks[strip]
-        _pack(kind.codes, np.take(stored, items) if kind.order else items, target)
+    lines, supers = dense(codes.T), cols // type.block
+    if lines.numel() and (most := int(lines.max())) >= len(kind.levels):
+        raise MixtoolsError(f"{type.value} has {len(kind.levels)} codes, and none is {most}")
+    items = lines.view(supers, type.block, rows)
+    joined = lines.new_empty((supers, _bytes(kind.codes), rows))
+    stored = [kind.order.index(code) for code in range(len(kind.levels))] if kind.order else []
+    table = torch.tensor(stored, dtype=torch.uint8).to(lines.device)
+    step = max(1, _STRIP // max(1, type.block * rows)) if lines.device.type == "cpu" else max(1, supers)
+    for at in range(0, supers, step):
+        strip = items[at : at + step]
+        if stored:
+            strip = table.index_select(0, strip.flatten().int()).view(strip.shape)
+        _pack(kind.codes, strip, joined[at : at + step])
+    out = np.array(blocks, order="C")
+    _put(kind.codes, turned(joined.flatten(0, 1)).cpu().numpy(), _cut(out, _size(type)))
     return out
 
 
@@ -207,8 +221,7 @@ def supers(type: DType, blocks: Array) -> Supers:
     if not kind.subs:
         mins = None if dmin is None else np.full(shape, kind.bounds[0], np.int8)
         return Supers(d, dmin, np.full(shape, kind.bounds[1], np.int8), mins)
-    subs = np.empty((d.size, type.block // kind.group * (1 if dmin is None else 2)), np.uint8)
-    _unpack(kind.subs, _cut(blocks, _size(type)), subs)
+    subs = _unpack(kind.subs, _cut(blocks, _size(type)), type.block // kind.group * (1 if dmin is None else 2))
     integers = subs.view(np.int8) - np.int8(kind.bias)
     if dmin is None:
         return Supers(d, None, integers.reshape(shape), None)
@@ -249,6 +262,8 @@ def with_subs(type: DType, blocks: Array, scales: Array, mins: Array | None = No
     to 31, in Q6_K from -128 to 127. Raises MixtoolsError for others, for minima missing or not wanted, and for a type
     without sub-scales.
     """
+    import torch
+
     kind = _kind(type)
     rows, cols = _shape(type, blocks)
     if not kind.subs:
@@ -264,7 +279,10 @@ def with_subs(type: DType, blocks: Array, scales: Array, mins: Array | None = No
             raise MixtoolsError(f"sub-scales of {type.value} are from {low} to {high}: {part.min()} to {part.max()}")
         parts.append((part.astype(np.int16) + kind.bias).astype(np.uint8).reshape(-1, type.block // kind.group))
     out = np.array(blocks, order="C")
-    _pack(kind.subs, np.concatenate(parts, axis=1), _cut(out, _size(type)))
+    items = torch.from_numpy(np.concatenate(parts, axis=1))[..., None]
+    joined = items.new_empty((len(items), _bytes(kind.subs), 1))
+    _pack(kind.subs, items, joined)
+    _put(kind.subs, joined.numpy(), _cut(out, _size(type)))
     return out
 
 
@@ -300,34 +318,53 @@ def _cut(rows: Array, width: int) -> Array:
     return np.ascontiguousarray(rows).reshape(-1, width)
 
 
-def _unpack(fields: tuple[_Field, ...], blocks: Array, items: Array) -> None:
-    """`blocks` [n, bytes] -> `items` [n, count], which are overwritten."""
+def _bytes(fields: tuple[_Field, ...]) -> int:
+    return sum(field.runs * field.run for field in fields)
+
+
+def _unpack(fields: tuple[_Field, ...], blocks: Array, count: int) -> Array:
+    """`blocks` [n, bytes] -> items [n, count]; turned on the way, as runs of a few bytes are no work for numpy."""
+    first, last = min(field.at for field in fields), max(field.at + field.runs * field.run for field in fields)
+    lines, items = cpu.transpose(blocks[:, first:last]), np.empty((count, len(blocks)), np.uint8)
     for at, runs, run, parts in fields:
-        stretches = items.reshape(len(items), runs, items.shape[1] // runs)
-        source = np.ascontiguousarray(blocks[:, at : at + runs * run]).reshape(-1, runs, run)
+        stretches = items.reshape(runs, count // runs, len(blocks))
+        source = lines[at - first : at - first + runs * run].reshape(runs, run, len(blocks))
         for shift, bits, left, to in parts:
             part = source >> np.uint8(shift)
-            if shift + bits < 8:
-                part &= np.uint8((1 << bits) - 1)
-            target = stretches[:, :, to : to + run]
+            part &= np.uint8((1 << bits) - 1)
+            target = stretches[:, to : to + run]
             if left:
                 part <<= np.uint8(left)
                 target |= part
             else:
                 target[...] = part
+    return cpu.transpose(items)
 
 
-def _pack(fields: tuple[_Field, ...], items: Array, blocks: Array) -> None:
-    """`items` [n, count] -> into `blocks` [n, bytes], whose other bytes stay."""
-    for at, runs, run, parts in fields:
-        stretches = items.reshape(len(items), runs, items.shape[1] // runs)
-        packed = np.zeros((len(items), runs, run), np.uint8)
-        for shift, bits, left, to in parts:
-            part = stretches[:, :, to : to + run] >> np.uint8(left)
-            part &= np.uint8((1 << bits) - 1)
-            part <<= np.uint8(shift)
-            packed |= part
-        blocks[:, at : at + runs * run] = packed.reshape(len(items), runs * run)
+def _pack(fields: tuple[_Field, ...], items: Tensor, out: Tensor) -> None:
+    """`items` [n, count, rows] -> into `out` [n, bytes, rows], the fields' bytes one behind the other."""
+    first = 0
+    for _, runs, run, parts in fields:
+        stretches = items.view(len(items), runs, items.shape[1] // runs, items.shape[2])
+        target = out[:, first : first + runs * run].view(len(out), runs, run, out.shape[2])
+        for number, (shift, bits, left, to) in enumerate(parts):
+            part = stretches[:, :, to : to + run]
+            if left:
+                part = part >> left
+            if shift + bits < 8:
+                part = part & (1 << bits) - 1
+            if shift:
+                part = part << shift
+            target[...] = target | part if number else part
+        first += runs * run
+
+
+def _put(fields: tuple[_Field, ...], joined: Array, blocks: Array) -> None:
+    """What `_pack` made of each of n blocks into `blocks` [n, bytes], whose other bytes stay."""
+    joined, first = joined.reshape(len(blocks), _bytes(fields)), 0
+    for at, runs, run, _ in fields:
+        blocks[:, at : at + runs * run] = joined[:, first : first + runs * run]
+        first += runs * run
 
 
 def _each_group(factors: Array, integers: Array) -> Array:

@@ -70,7 +70,8 @@ class Gptq:
     def encode(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Packed:
         """From uint8 codes [out, in], scales [out, groups] (fp32 that holds values of `dtype`) and zeros [out, groups].
 
-        Raises TensorError for what the format cannot hold: a zero of 0 in its first version, a zero other than
+        Codes are packed where they lie, and quickest where those of a column lie side by side; the parts are on the
+        CPU. Raises TensorError for what the format cannot hold: a zero of 0 in its first version, a zero other than
         2^(bits-1) where it is symmetric, a code that is too large, a scale that is no finite value of `dtype`, rows or
         columns that do not fill words or groups.
         """
@@ -80,13 +81,13 @@ class Gptq:
         groups.expect_multiple("rows", rows, 32)
         groups.expect_multiple("columns", columns, 32)
         groups.expect_whole(columns, self.group)
-        small = groups.on_grid(codes, scales, zeros, (rows, groups.count(columns, self.group)))
+        groups.expect_grid(codes, scales, zeros, self.group)
+        zeros = zeros.cpu()
         self._expect_zeros(zeros)
-        stored = zeros.cpu().to(torch.uint8).T.contiguous().numpy() - (0 if self.v2 else 1)
-        words = cpu.transpose(pack(small, self.bits))
+        stored = zeros.to(torch.uint8) - (0 if self.v2 else 1)
         parts = (
-            torch.from_numpy(words.view("i4")),
-            torch.from_numpy(pack(stored, self.bits).view("i4")),
+            pack(codes.T, self.bits).cpu(),
+            pack(stored, self.bits).T.contiguous(),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
             self._sequence(columns),
         )

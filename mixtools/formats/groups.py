@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ..errors import TensorError
 from ..storage.dtypes import DType
 from .bits import Codes
@@ -122,13 +120,13 @@ def expect_zeros(zeros: Tensor, low: int, high: int, why: str) -> None:
         raise TensorError(f"{why}: a zero of {found} cannot be stored", expected=wanted, found=found)
 
 
-def on_grid(codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int]) -> Codes:
-    """The codes as bytes in memory. Raises TensorError if the three do not belong together."""
+def expect_grid(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> None:
+    """Raises TensorError if the three do not belong together."""
     import torch
 
+    shape = codes.shape[0], count(codes.shape[1], group)
     for what, found in (("scales", scales), ("zeros", zeros)):
         if tuple(found.shape) != shape:
             raise TensorError(f"{what} of a wrong shape", expected=list(shape), found=list(found.shape))
     if codes.dtype is not torch.uint8:
         raise TensorError("codes are bytes", expected="uint8", found=codes.dtype)
-    return np.ascontiguousarray(codes.detach().cpu().numpy())

@@ -80,19 +80,21 @@ class PackedInts:
         """
         import torch
 
+        from ..ops.library import turned
+
         if self.indexed:
             raise TensorError("columns are written in sequence, without weight_g_idx")
         rows, columns = codes.shape
         groups.expect_whole(columns, self.group)
-        small = groups.on_grid(codes, scales, zeros, (rows, groups.count(columns, self.group)))
+        groups.expect_grid(codes, scales, zeros, self.group)
+        zeros = zeros.cpu()
         middle = 1 << self.bits - 1
         if self.symmetric:
             groups.expect_zeros(zeros, middle, middle, "a symmetric grid has its zero in the middle")
         groups.expect_zeros(zeros, 0, (1 << self.bits) - 1, f"zeros have {self.bits} bits")
-        parts = [torch.from_numpy(pack(small, self.bits).view("i4")), groups.stored_scales(scales.cpu(), self.dtype)]
+        parts = [turned(pack(codes.T, self.bits)).cpu(), groups.stored_scales(scales.cpu(), self.dtype)]
         if not self.symmetric:
-            turned = zeros.cpu().to(torch.uint8).T.contiguous().numpy()
-            parts.append(torch.from_numpy(cpu.transpose(pack(turned, self.bits)).view("i4")))
+            parts.append(pack(zeros.to(torch.uint8), self.bits))
         return Packed(self, (*parts, torch.tensor([rows, columns])))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:

@@ -44,6 +44,19 @@ def _(weight: Tensor, threads: int = 1) -> Tensor:
     return weight.new_empty((weight.shape[1], weight.shape[0]))
 
 
+def turned(matrix: Tensor) -> Tensor:
+    """A matrix's transpose, contiguous, made where it lies; of bytes on a CPU in less than half of torch's own time."""
+    if matrix.device.type != "cpu":
+        return matrix.T.contiguous()
+    made: Tensor = transpose(matrix, torch.get_num_threads())
+    return made
+
+
+def dense(matrix: Tensor) -> Tensor:
+    """The matrix itself where it is contiguous, else a copy that is; best of a transposed one."""
+    return matrix if matrix.is_contiguous() else turned(matrix.T)
+
+
 def first_nonfinite_reference(values: Tensor) -> Tensor:
     """Index of the first NaN or infinity in `values`, counted row by row, or -1: a scalar, int64."""
     found = values.reshape(-1).isfinite().logical_not().nonzero()

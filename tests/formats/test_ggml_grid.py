@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
+import torch
+from card import Card, OnCard
 
 from mixtools.errors import MixtoolsError, TensorError
 from mixtools.formats import ggml_grid
@@ -48,6 +52,10 @@ def random_blocks(type: DType, seed: int = 0) -> np.ndarray:
 
 def random_codes(type: DType, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, len(ggml_grid.levels(type)), SHAPE).astype(np.uint8)
+
+
+def with_codes(type: DType, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return ggml_grid.with_codes(type, blocks, torch.from_numpy(codes))
 
 
 def by_gguf(type: DType, blocks: np.ndarray) -> np.ndarray:
@@ -113,7 +121,7 @@ def test_encoded_blocks_come_back_byte_for_byte(type: DType, kind: str) -> None:
     blocks = encode(rows(kind), DType.F32, type)
     codes = ggml_grid.codes(type, blocks)
     assert codes.dtype == np.uint8 and codes.shape == SHAPE
-    assert ggml_grid.with_codes(type, blocks, codes).tobytes() == blocks.tobytes()
+    assert with_codes(type, blocks, codes).tobytes() == blocks.tobytes()
     d, dmin, scales, mins = ggml_grid.supers(type, blocks)
     assert ggml_grid.with_supers(type, blocks, d, dmin).tobytes() == blocks.tobytes()
     if type in WITH_SUBS:
@@ -125,7 +133,7 @@ def test_encoded_blocks_come_back_byte_for_byte(type: DType, kind: str) -> None:
 def test_any_bytes_come_back(type: DType) -> None:
     """Nothing in a block is lost: no bit is unused. MXFP4's negative zero becomes the positive one, decoded alike."""
     blocks = random_blocks(type, seed=3)
-    again = ggml_grid.with_codes(type, blocks, ggml_grid.codes(type, blocks))
+    again = with_codes(type, blocks, ggml_grid.codes(type, blocks))
     if type is not DType.MXFP4:
         np.testing.assert_array_equal(again, blocks)
     else:
@@ -139,7 +147,7 @@ def test_any_bytes_come_back(type: DType) -> None:
 def test_other_codes_are_put_in(type: DType) -> None:
     blocks, codes = random_blocks(type), random_codes(type)
     before = blocks.tobytes(), codes.tobytes()
-    new = ggml_grid.with_codes(type, blocks, codes)
+    new = with_codes(type, blocks, codes)
     assert (blocks.tobytes(), codes.tobytes()) == before and new.shape == blocks.shape
     np.testing.assert_array_equal(ggml_grid.codes(type, new), codes)
     assert_same_bits(by_gguf(type, new), values(type, blocks, codes))
@@ -184,7 +192,7 @@ def test_other_super_scales_are_put_in(type: DType) -> None:
         assert_same_bits(supers.dmin, dmin.astype(np.float16).astype(np.float32))
     np.testing.assert_array_equal(supers.scales, old.scales)
     np.testing.assert_array_equal(ggml_grid.codes(type, new), ggml_grid.codes(type, blocks))
-    assert_same_bits(by_gguf(type, ggml_grid.with_codes(type, new, codes)), values(type, new, codes))
+    assert_same_bits(by_gguf(type, with_codes(type, new, codes)), values(type, new, codes))
 
 
 @each_with_subs
@@ -212,7 +220,7 @@ def test_other_sub_scales_are_put_in(type: DType) -> None:
 @pytest.mark.parametrize("strip", [1, 2 * COLS + 5, 1 << 18])
 def test_runs_and_places_of_rows_do_not_matter(type: DType, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, codes = random_blocks(type), random_codes(type)
-    expected = ggml_grid.codes(type, blocks), ggml_grid.with_codes(type, blocks, codes), ggml_grid.grid(type, blocks)
+    expected = ggml_grid.codes(type, blocks), with_codes(type, blocks, codes), ggml_grid.grid(type, blocks)
     supers = ggml_grid.supers(type, blocks)
     wide = np.full((SHAPE[0], blocks.shape[1] + 3), 0xA5, np.uint8)
     wide[:, 1:-2] = blocks
@@ -220,10 +228,30 @@ def test_runs_and_places_of_rows_do_not_matter(type: DType, strip: int, monkeypa
     place, upside = wide[:, 1:-2], np.asfortranarray(codes)
     monkeypatch.setattr(ggml_grid, "_STRIP", strip)
     np.testing.assert_array_equal(ggml_grid.codes(type, place), expected[0])
-    np.testing.assert_array_equal(ggml_grid.with_codes(type, place, upside), expected[1])
+    np.testing.assert_array_equal(with_codes(type, place, upside), expected[1])
     for part, other in zip(ggml_grid.grid(type, place), expected[2], strict=True):
         assert_same_bits(part, other)
     np.testing.assert_array_equal(ggml_grid.with_supers(type, place, supers.d, supers.dmin), blocks)
+
+
+@each_type
+def test_codes_on_a_card_are_joined_there(type: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest of them is all that is waited for but what is stored, which is smaller than they are."""
+    blocks, codes = random_blocks(type), random_codes(type)
+    expected, join, there = with_codes(type, blocks, codes), ggml_grid._pack, []
+
+    def joined(fields: Any, items: torch.Tensor, out: torch.Tensor) -> None:
+        there.append((items.__class__, out.__class__))
+        join(fields, items, out)
+
+    monkeypatch.setattr(ggml_grid, "_pack", joined)
+    with Card() as card:
+        moved = torch.from_numpy(np.ascontiguousarray(codes.T)).to("cuda").T
+        card.waits.clear()
+        found = ggml_grid.with_codes(type, blocks, moved)
+        assert sum(card.waits.values()) <= 3  # with Q8_0 and MXFP4 the order of their codes goes there
+    assert there == [(OnCard, OnCard)]
+    np.testing.assert_array_equal(found, expected)
 
 
 @each_type
@@ -231,7 +259,7 @@ def test_runs_and_places_of_rows_do_not_matter(type: DType, strip: int, monkeypa
 def test_nothing_is_nothing(type: DType, shape: tuple[int, int]) -> None:
     blocks = np.empty((shape[0], type.row_bytes(shape[1])), np.uint8)
     codes = ggml_grid.codes(type, blocks)
-    assert codes.shape == shape and ggml_grid.with_codes(type, blocks, codes).shape == blocks.shape
+    assert codes.shape == shape and with_codes(type, blocks, codes).shape == blocks.shape
     d, dmin, scales, mins = ggml_grid.supers(type, blocks)
     assert scales.shape == ggml_grid.grid(type, blocks)[0].shape == (shape[0], shape[1] // ggml_grid.group(type))
     assert ggml_grid.with_supers(type, blocks, d, dmin).shape == blocks.shape
@@ -276,11 +304,11 @@ def test_what_does_not_fit_is_refused(type: DType) -> None:
             ggml_grid.grid(type, wrong)
     for wrong in (codes[:, :-1], codes[:-1], codes.astype(np.int32)):
         with pytest.raises(MixtoolsError, match="codes are as many uint8"):
-            ggml_grid.with_codes(type, blocks, wrong)
+            with_codes(type, blocks, wrong)
     if len(ggml_grid.levels(type)) < 256:
         codes[-1, -1] = len(ggml_grid.levels(type))
         with pytest.raises(MixtoolsError, match=f"codes, and none is {codes[-1, -1]}"):
-            ggml_grid.with_codes(type, blocks, codes)
+            with_codes(type, blocks, codes)
     for wrong in (supers.d[:, 1:], supers.d.view(np.int32)):
         with pytest.raises(MixtoolsError, match="d of .* is floats"):
             ggml_grid.with_supers(type, blocks, wrong, supers.dmin)

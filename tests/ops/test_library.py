@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from card import Card, OnCard
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops import library as ops
@@ -39,6 +40,19 @@ def test_transpose_equals_torch(isa, name, dtype):
     assert result.is_contiguous()
     assert torch.equal(result, weight.t())
     assert torch.equal(result, ops.transpose_reference(weight))
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["cpu", "card"])
+@pytest.mark.parametrize("name", MATRICES)
+def test_turned_and_dense_where_they_lie(name, there):
+    weight = MATRICES[name]().mul(50).to(torch.uint8)
+    with Card():
+        given = weight.to("cuda") if there else weight
+        turned, dense = ops.turned(given), ops.dense(given)
+    assert (dense is given) == weight.is_contiguous()
+    for found, expected in ((turned, weight.t()), (dense, weight)):
+        assert isinstance(found, OnCard) is there and found.is_contiguous()
+        assert torch.equal(found.as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.parametrize("name", MATRICES)

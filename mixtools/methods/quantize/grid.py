@@ -212,8 +212,6 @@ class Groups:
 
     def pack(self, parts: Sequence[tuple[Grid, Tensor]]) -> Packed:
         scale, least = (torch.cat([getattr(grid, name) for grid, _ in parts]) for name in ("scale", "min"))
-        codes = torch.cat([codes for _, codes in parts])
+        codes = parts[0][1] if len(parts) == 1 else torch.cat([codes for _, codes in parts])
         zero = torch.where(scale > 0, -least / torch.where(scale > 0, scale, 1.0), 1 << self.format.bits - 1)
-        return self.format.encode(
-            codes.T.contiguous(), scale.T.contiguous(), zero.round_().to(torch.uint8).T.contiguous()
-        )
+        return self.format.encode(codes.T, scale.T, zero.round_().to(torch.uint8).T)

@@ -102,8 +102,8 @@ class Blocks:
             if self.span:
                 factors = [one.T.contiguous().cpu().numpy() for one in grid.supers]
                 blocks = ggml_grid.with_supers(self.type, blocks, *factors)
-            made.append(ggml_grid.with_codes(self.type, blocks, codes.T.contiguous().cpu().numpy()))
-        return Packed(self.format, (torch.from_numpy(np.concatenate(made, axis=1)),))
+            made.append(ggml_grid.with_codes(self.type, blocks, codes.T))
+        return Packed(self.format, (torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made, axis=1)),))
 
 
 def _encoded(rows: Tensor, type: DType, importance: Tensor) -> Bits:
