@@ -40,6 +40,13 @@ class Block:
     feedback: Tensor  # [B, B] float32; what it holds on and below its diagonal does not matter
 
 
+_NAMES = tuple(field.name for field in fields(Block))
+
+
+def _tensors(block: Block) -> tuple[Tensor, ...]:
+    return tuple(getattr(block, name) for name in _NAMES)
+
+
 def round_block(block: Block, levels: range | Tensor, *, threads: int = 1) -> None:
     """Rounds the columns of a block one after the other; changes its targets, errors and codes in place.
 
@@ -60,7 +67,7 @@ def round_block(block: Block, levels: range | Tensor, *, threads: int = 1) -> No
     one that is changed overlaps another.
     """
     table, count, low = _checked_levels(levels)
-    _round_block(*(getattr(block, field.name) for field in fields(block)), table, count, low, threads)
+    torch.ops.mixtools.round_block.default(*_tensors(block), table, count, low, threads)
 
 
 def round_block_reference(block: Block, levels: range | Tensor) -> None:
@@ -71,7 +78,6 @@ def round_block_reference(block: Block, levels: range | Tensor) -> None:
     _round_by_torch(block, table, count, low)
 
 
-@torch.library.custom_op("mixtools::round_block", mutates_args=("targets", "errors", "codes"))
 def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
     targets: Tensor, weights: Tensor, errors: Tensor, codes: Tensor, scales: Tensor, mins: Tensor, group_of: Tensor,
     feedback: Tensor, table: Tensor | None, count: int, low: int, threads: int,
@@ -86,12 +92,18 @@ def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
         _way(targets.device)(block, table, count, low)
 
 
-@_round_block.register_fake
-def _(  # noqa: PLR0917 (the same tensors, by position)
+def _fake(  # noqa: PLR0917 (the same tensors, by position)
     targets: Tensor, weights: Tensor, errors: Tensor, codes: Tensor, scales: Tensor, mins: Tensor, group_of: Tensor,
     feedback: Tensor, table: Tensor | None, count: int, low: int, threads: int,
 ) -> None:  # fmt: skip
     _check_shapes(Block(targets, weights, errors, codes, scales, mins, group_of, feedback))
+
+
+# no custom_op, which takes ten times as long to come to its function: a layer of 8x7B has tens of thousands of blocks
+_OPERATION = "mixtools::round_block"
+torch.library.define(_OPERATION, torch.library.infer_schema(_round_block, mutates_args=("targets", "errors", "codes")))
+torch.library.impl(_OPERATION, "default", _round_block)
+torch.library.register_fake(_OPERATION, _fake)
 
 
 def _round_by_kernel(block: Block, table: Tensor | None, count: int, low: int, threads: int) -> None:
@@ -115,7 +127,7 @@ def _way(device: torch.device) -> Callable[[Block, Tensor | None, int, int], Non
 
 def _round_on_gpu(block: Block, table: Tensor | None, count: int, low: int) -> None:
     levels = range(low, low + count) if table is None else (table, _limits(table))
-    gpu.round_blocks(tuple(getattr(block, field.name) for field in fields(block)), levels).run()
+    gpu.round_blocks(_tensors(block), levels).run()
 
 
 def _round_by_torch(block: Block, table: Tensor | None, count: int, low: int) -> None:
@@ -192,7 +204,7 @@ def _check_memory(block: Block) -> None:
     lowest, highest = int(block.group_of.min()), int(block.group_of.max())
     if lowest < 0 or highest >= len(block.scales):
         raise MixtoolsError(f"group_of names the groups {lowest} to {highest}, of {len(block.scales)}")
-    extents = {field.name: _extent(getattr(block, field.name)) for field in fields(block)}
+    extents = dict(zip(_NAMES, map(_extent, _tensors(block)), strict=True))
     for name in ("targets", "errors", "codes"):
         tensor = getattr(block, name)
         if len(tensor) > 1 and tensor.stride(0) < tensor.shape[1]:
@@ -207,8 +219,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and of the one after the last."""
     if tensor.numel() == 0:
         return 0, 0
+    first = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+    return first, first + (last + 1) * tensor.itemsize
 
 
 def _describe(tensor: Tensor) -> str:

@@ -252,6 +252,12 @@ def narrow(tensor: Tensor) -> Tensor:
     return tensor.repeat_interleave(2, dim=1)[:, ::2]
 
 
+def behind(lines: int, first: int) -> dict[str, Tensor]:
+    """Four lines of targets, and of the same memory weights from a later line on."""
+    both = torch.zeros(lines, 8)
+    return {"targets": both[:4], "weights": both[first:]}
+
+
 WRONG = {
     "no matrix": (lambda block: {"targets": block.targets[0]}, "a matrix of 1 to 512 columns"),
     "too many columns": (lambda block: {"targets": torch.zeros(513, 4)}, "a matrix of 1 to 512 columns"),
@@ -272,6 +278,7 @@ WRONG = {
     "a negative group": (lambda block: {"group_of": block.group_of - 1}, "names the groups -1 to 1, of 3"),
     "one line for all": (lambda block: {"errors": torch.zeros(1, 8).expand(4, 8)}, "errors lie upon each other"),
     "targets are weights": (lambda block: {"targets": block.weights}, "targets of a block overlap its weights"),
+    "targets end in the weights": (lambda block: behind(7, 3), "targets of a block overlap its weights"),
     "targets are errors": (lambda block: {"errors": block.targets}, "targets of a block overlap its errors"),
     "codes in the scales": (
         lambda block: {"codes": block.scales.view(torch.uint8).view(-1)[:32].view(4, 8)},
