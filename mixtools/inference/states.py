@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +39,7 @@ class States:
         self._row_bytes = width * dtype.itemsize
         self._memory = torch.empty((0 if spill else self.starts[-1]), width, dtype=dtype, device=device)
         self._file = _unnamed_file(spill, self.starts[-1] * self._row_bytes) if spill else None
+        self._reading: Future[None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -77,8 +79,15 @@ class States:
         runs = torch.tensor_split(rows, breaks)
         return torch.cat([self.rows(int(run[0]), int(run[-1]) + 1) for run in runs])
 
+    def lend(self, reading: Future[None]) -> None:
+        """Another thread reads them until this is done: until then they are neither written nor given back."""
+        self._reading = reading
+
     def write(self, start: int, x: Tensor) -> None:
-        """Replace the rows from `start` by x [n, D]."""
+        """Replace the rows from `start` by x [n, D]. Raises what they were lent to raised."""
+        if self._reading is not None:
+            self._reading.result()
+            self._reading = None
         if self._file is None:
             self._memory[start : start + len(x)].copy_(x)
             return
@@ -97,6 +106,8 @@ class States:
 
     def close(self) -> None:
         """Give memory or disk back. Closing twice does nothing."""
+        if self._reading is not None:
+            wait([self._reading])
         self._memory = self._memory[:0].clone()
         if self._file is not None:
             os.close(self._file)

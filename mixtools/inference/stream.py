@@ -169,7 +169,7 @@ class Stream:
         """`layers`, or as they are stored."""
         if not self.packed or first >= stop or not stays_packed(self.reader, self.device):
             return iter(self.layers(first, stop, double=plan.double, reuse=plan.kept))
-        return packed_layers(self.reader, range(first, stop), self.device, self.dtype, self._lane(), double=plan.double)
+        return packed_layers(self.reader, range(first, stop), self.device, self.dtype, self.lane(), double=plan.double)
 
     def states(self, lengths: Sequence[int], layer: int = 0, *, spilled: bool) -> States:
         """Room for states before `layer`, where this stream computes or in a file. Raises DiskError as States."""
@@ -190,7 +190,7 @@ class Stream:
         spare, self._spare = self._spare[:count], []
         while len(spare) < count:
             spare.append(Arriving(self.config, first, self.device, self.dtype))
-        lane = self._lane()
+        lane = self.lane()
         with ThreadPoolExecutor(1, "mixtools-reader") as pool:
             try:
                 spare[0].read_ahead(self.reader, first, pool, lane)
@@ -209,7 +209,7 @@ class Stream:
         if reuse:
             self._spare = spare
 
-    def _lane(self) -> Lane | None:
+    def lane(self) -> Lane | None:
         """The way to a GPU; None where layers lie in the memory that they are read into, or where none is known."""
         return Lane(Card(self.device)) if self.device.type == "cuda" else None
 

@@ -14,7 +14,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +91,8 @@ class Output:
         self._old: dict[str, Stamp] = {}  # what goes when the new is whole
         self._sealed: dict[str, str] = {}  # SHA-256 of whole files
         self._hasher = ThreadPoolExecutor(1, "mixtools-digest")
+        self._aside = ThreadPoolExecutor(1, "mixtools-aside")
+        self._last_aside: Future[None] | None = None
         self._digests: dict[str, Digest] = {}
         self._lock = self.place.claim(overwrite)
         self._files: dict[str, int] = {}
@@ -122,6 +124,7 @@ class Output:
     def close(self) -> None:
         for digest in self._digests.values():
             digest.stop()
+        self._aside.shutdown()  # before the journal is closed, in which it may have a line to write
         self._hasher.shutdown(cancel_futures=True)
         while self._files:
             os.close(self._files.popitem()[1])
@@ -158,6 +161,14 @@ class Output:
             self.notes[name] = found
             self._append({"note": name, "found": found})
 
+    def aside(self, work: Callable[[], None]) -> Future[None]:
+        """Do something for this output on a thread of its own, one thing after the other, beside what is made next.
+
+        `commit` waits for it, and raises what the last raised; `close` waits, too.
+        """
+        self._last_aside = self._aside.submit(work)
+        return self._last_aside
+
     def checksums(self) -> dict[str, int]:
         """CRC-32 of every stored tensor, from those of its regions."""
         ledgers = {name: Ledger(tensor.nbytes) for name, tensor in self.plan.tensors.items()}
@@ -178,6 +189,8 @@ class Output:
         `record` gives the manifest, behind the documents, from what was written. Raises OutputError if a tensor was not
         written, DiskError if the disk is full, InputError for a document that cannot be copied.
         """
+        if self._last_aside is not None:
+            self._last_aside.result()
         with DiskErrors(self.folder):
             files = self._seal()
         with DiskErrors(self.folder), self.place.listing():

@@ -89,7 +89,7 @@ def test_a_larger_tensor_gets_a_larger_buffer():
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Double:
     card = Double()
-    monkeypatch.setattr(Stream, "_lane", lambda _: Lane(card))
+    monkeypatch.setattr(Stream, "lane", lambda _: Lane(card))
     return card
 
 

@@ -57,7 +57,7 @@ def test_a_layer_on_a_gpu_mixes_no_devices(monkeypatch):
     reader, ids = read_nano(), some_ids(2048, 20, 20)
     stream = Stream(reader, dtype=torch.float32)
     expected = torch.cat([logits for _, logits in stream.logits(stream.hidden(ids), torch.arange(3, 40, 2))])
-    monkeypatch.setattr(Stream, "_lane", lambda _: None)  # which needs streams
+    monkeypatch.setattr(Stream, "lane", lambda _: None)  # which needs streams
     with Card() as card:
         stream = Stream(reader, "cuda", torch.float32)
         states = stream.hidden(ids)

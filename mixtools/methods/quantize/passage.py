@@ -3,7 +3,8 @@
     layer i ─► quantized, written ─► its rows of the report, states before layer i + 1 (a file of the work folder)
 
 A run that goes on begins with the last states that are there: the same bits, whatever `--jobs`. A layer is quantized
-again where its regions were written but the states behind it were not.
+again where its regions were written but the states behind it were not: their file is written while the next layer is
+quantized, and named in the journal once it is on the disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from ...errors import MixtoolsError, TensorError
 from ...formats import Packed
 from ...inference.arriving import Arriving
+from ...inference.lane import Lane
 from ...inference.states import States
 from ...inference.stream import Stream
 from ...layouts.checkpoint import Checkpoint
@@ -30,7 +32,7 @@ from ...names import Slot, layer_slots
 from ...ops.library import first_nonfinite
 from ...storage import disk
 from ...storage.output import Output
-from ...storage.store import as_bytes, from_tensor
+from ...storage.store import Bits, as_bytes, from_tensor
 from .clock import Clock
 from .layer import HeadWork, LayerWork
 from .worker import Method, Row, Stored, Worker
@@ -141,22 +143,31 @@ class Passage:
         return self.output.work / f"states.{layer}"
 
     def _keep(self, states: States) -> None:
-        """Write the states and note them; those before are dropped, and what their layer left in memory."""
-        path, crc = self._file(states.layer), 0
+        """Begin to write the states, and drop what their layer left in memory.
+
+        No copy is made: the next layer changes them last, and waits until then (States.lend).
+        """
+        lane = self.stream.lane()
+        if lane is not None:
+            lane.after(lane.free())
+        states.lend(self.output.aside(partial(self._write, states, states.layer, lane)))
+        give_back_memory()
+
+    def _write(self, states: States, layer: int, lane: Lane | None) -> None:
+        """Write the states and note them; those before are dropped. From a GPU they come beside what it computes."""
+        path, crc = self._file(layer), 0
         with disk.DiskErrors(self.output.folder):
             with path.open("wb") as file:
                 for start in range(0, states.tokens, _ROWS):
-                    rows = from_tensor(states.rows(start, min(start + _ROWS, states.tokens)))
-                    data = as_bytes(rows)
+                    data = as_bytes(_taken(states.rows(start, min(start + _ROWS, states.tokens)), lane))
                     crc = zlib.crc32(data, crc)
                     file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             before = self.output.notes.get(_NOTE)
-            self.output.note(_NOTE, {"layer": states.layer, "crc32": crc})
-            if before is not None and before["layer"] != states.layer:
+            self.output.note(_NOTE, {"layer": layer, "crc32": crc})
+            if before is not None and before["layer"] != layer:
                 self._file(before["layer"]).unlink(missing_ok=True)
-        give_back_memory()
 
     def _restored(self, index: int) -> States | None:
         """What an earlier run reached; None where there is nothing whole, or only what is past the layer."""
@@ -177,6 +188,15 @@ class Passage:
             return states
         states.close()
         return None
+
+
+def _taken(rows: Tensor, lane: Lane | None) -> Bits:
+    """In the CPU's memory; from a GPU by the lane."""
+    if lane is None:
+        return from_tensor(rows)
+    taken: list[Bits] = []
+    lane.start(lambda: taken.append(from_tensor(rows)))
+    return taken[0]
 
 
 def _plain(told: Row) -> dict[str, Any]:
