@@ -75,7 +75,7 @@ def plan_packed(
     method = Method(lambda _: scheme, lambda _: plain, how.options, how.smooth, how.sequential)
 
     def work(output: Output) -> Iterable[Anew]:
-        passage = Passage(source, stream, method, how.text.sequences, output, spilled=spilled)
+        passage = Passage(source, stream, method, how.text.sequences, output, head=False, spilled=spilled)
         for index in range(source.config.num_layers):
             slots = tuple(layer_slots(index, source.config.num_experts))
             yield Anew(slots, functools.partial(_layer, passage, index))
@@ -107,7 +107,7 @@ def plan_blocks(
     head = not source.tied and file.choices[Slot(Role.HEAD)].type in NATIVE
 
     def units(output: Output) -> list[Unit]:
-        passage = Passage(source, stream, method, how.text.sequences, output, spilled=spilled)
+        passage = Passage(source, stream, method, how.text.sequences, output, head=head, spilled=spilled)
         made = [copied(source, file, Slot(Role.EMBED))]
         for index in range(source.config.num_layers):
             slots = tuple(layer_slots(index, source.config.num_experts))

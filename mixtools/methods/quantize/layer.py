@@ -41,19 +41,21 @@ class LayerWork(Worker):
         super().__init__(method, read, lambda slot, weight: _put(layer.weight(slot), weight), clock or Clock())
         self.stream, self.layer, self.index = stream, layer, layer.index
 
-    def run(self, states: States, pass_tokens: int) -> Iterator[Stored]:
-        """Each slot of the layer as it is stored, in slot order; then `states` are those behind the layer.
+    def run(self, states: States, pass_tokens: int, *, onward: bool = True) -> Iterator[Stored]:
+        """Each slot of the layer as it is stored, in slot order; then, with `onward`, `states` are those behind it.
 
         Raises TensorError for inputs or a router that are not finite, SpectrumError for a matrix that comes out so.
         """
         seen = Seen(self.stream, self.layer, states, pass_tokens, self.clock)
         try:
-            if not self.method.sequential:
+            if onward and not self.method.sequential:
                 self._through(states, pass_tokens)
             yield from self._attention(seen)
             yield from self._experts(seen)
         finally:
             seen.close()
+        if not onward:
+            return
         if self.method.sequential:
             self._through(states, pass_tokens)
         states.layer = self.index + 1

@@ -46,20 +46,23 @@ class Passage:
 
     def __init__(
         self, source: Checkpoint, stream: Stream, method: Method, sequences: tuple[Tensor, ...], output: Output, *,
-        spilled: bool = False,
+        head: bool, spilled: bool = False,
     ) -> None:  # fmt: skip
-        """`spilled`: hidden states lie in a file."""
+        """`head`: whether it will be asked for, behind all layers; `spilled`: hidden states lie in a file."""
         self.source, self.stream, self.method, self.sequences, self.output = source, stream, method, sequences, output
         self.lengths = [len(ids) for ids in sequences]
         self.spilled, self.pass_tokens = spilled, stream.plan(self.lengths).pass_tokens
+        self._last = stream.config.num_layers - (0 if head else 1)  # layer, or head, whose inputs are states
         self._states: States | None = None
 
     def layer(self, index: int) -> Iterator[Packed]:
         """The layer's slots as they are stored, in order. Raises as LayerWork.run, and DiskError."""
         states = self._before(index)
-        for _, packed in self._quantized(index, states):
+        onward = index < self._last
+        for _, packed in self._quantized(index, states, onward=onward):
             yield packed
-        self._keep(states)
+        if onward:
+            self._keep(states)
 
     def head(self) -> Iterator[Packed]:
         """Final norm and head."""
@@ -85,12 +88,12 @@ class Passage:
             self.close()
             self._states = self.stream.embed(self.sequences, spilled=self.spilled)
         while self._states.layer < index:
-            for _ in self._quantized(self._states.layer, self._states):
+            for _ in self._quantized(self._states.layer, self._states, onward=True):
                 pass
             self._keep(self._states)
         return self._states
 
-    def _quantized(self, index: int, states: States) -> Iterator[Stored]:
+    def _quantized(self, index: int, states: States, *, onward: bool) -> Iterator[Stored]:
         for layer in self.stream.layers(index, index + 1, double=False):
             clock = Clock(self.stream.device)
             with clock("reading"):
@@ -98,7 +101,7 @@ class Passage:
                 self._expect_finite(layer)
             work = LayerWork(self.stream, layer, self.method, partial(self._read, layer), clock)
             with self._named():
-                yield from work.run(states, self.pass_tokens)
+                yield from work.run(states, self.pass_tokens, onward=onward)
             self._tell(str(index), work)
 
     @contextmanager

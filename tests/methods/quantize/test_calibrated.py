@@ -197,11 +197,11 @@ def test_a_run_that_goes_on_does_not_begin_anew(tmp_path: Path, small: Path, mon
     ran: list[int] = []
     quantized = passage.Passage._quantized
 
-    def watched(self: passage.Passage, index: int, states: Any) -> Any:
+    def watched(self: passage.Passage, index: int, states: Any, **how: Any) -> Any:
         ran.append(index)
         if len(ran) == 3:
             raise KilledError
-        return quantized(self, index, states)
+        return quantized(self, index, states, **how)
 
     for damaged, expected in ((False, [2]), (True, [0, 1, 2])):
         out = tmp_path / f"out{damaged}"
@@ -220,9 +220,9 @@ def test_a_run_that_goes_on_does_not_begin_anew(tmp_path: Path, small: Path, mon
             states.write_bytes(data)
         ran[:] = []
 
-        def seen(self: passage.Passage, index: int, states: Any) -> Any:
+        def seen(self: passage.Passage, index: int, states: Any, **how: Any) -> Any:
             ran.append(index)
-            return quantized(self, index, states)
+            return quantized(self, index, states, **how)
 
         with monkeypatch.context() as patch:
             patch.setattr(passage.Passage, "_quantized", seen)
