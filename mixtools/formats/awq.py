@@ -79,7 +79,7 @@ class Awq:
         groups.expect_zeros(zeros, 0, 15, "zeros have 4 bits")
         parts = (
             turned(pack(codes, self.bits, AWQ_ORDER)).cpu(),
-            pack(zeros.to(torch.uint8), self.bits, AWQ_ORDER).T.contiguous(),
+            turned(pack(zeros.to(torch.uint8), self.bits, AWQ_ORDER)),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
         )
         return Packed(self, parts)

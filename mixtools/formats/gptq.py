@@ -77,6 +77,8 @@ class Gptq:
         """
         import torch
 
+        from ..ops.library import turned
+
         rows, columns = codes.shape
         groups.expect_multiple("rows", rows, 32)
         groups.expect_multiple("columns", columns, 32)
@@ -87,7 +89,7 @@ class Gptq:
         stored = zeros.to(torch.uint8) - (0 if self.v2 else 1)
         parts = (
             pack(codes.T, self.bits).cpu(),
-            pack(stored, self.bits).T.contiguous(),
+            turned(pack(stored, self.bits)),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
             self._sequence(columns),
         )
