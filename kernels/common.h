@@ -39,6 +39,8 @@
 
 namespace mixtools {
 
+constexpr int UNKNOWN = -2;  // what an entry point answers to a number that it does not know
+
 // The numbers are part of the ABI (mixtools/ops/cpu.py).
 enum Isa : int { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 

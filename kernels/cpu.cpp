@@ -1,21 +1,17 @@
-// Entry points of the CPU kernels: C ABI, called through mixtools/ops/cpu.py, which checks what it passes.
+// Entry points of the CPU kernels; encode.cpp, decode.cpp and multiply.cpp have theirs, so that they compile side by side.
+// C ABI, called through mixtools/ops/cpu.py, which checks what it passes.
 //
 // `isa` is a value of mixtools::Isa not above mixtools_best_isa(). A function returns -2 for a value that it does
 // not know, so that a mismatch is an error and never a wrong result.
 
 #include "common.h"
-#include "decode.h"
-#include "encode.h"
 #include "feedback.h"
-#include "multiply.h"
 #include "nonfinite.h"
 #include "transpose.h"
 
 using namespace mixtools;
 
 namespace {
-
-constexpr int UNKNOWN = -2;
 
 template <template <int> class Tile>
 int transpose_any(const uint8_t* src, int64_t src_stride, uint8_t* dst, int64_t rows, int64_t cols, int item_size,
@@ -40,7 +36,7 @@ int64_t first_nonfinite_any(const uint8_t* data, int64_t count, int item_size, u
 
 }  // namespace
 
-// Raised with every change to a signature or to a meaning below; ops/cpu.py refuses another number.
+// Raised with every change to a signature or to a meaning; ops/cpu.py refuses another number.
 MIXTOOLS_EXPORT int mixtools_abi_version() { return 3; }
 
 MIXTOOLS_EXPORT int mixtools_best_isa() { return best_isa(); }
@@ -68,41 +64,6 @@ MIXTOOLS_EXPORT int64_t mixtools_first_nonfinite(const uint8_t* data, int64_t co
         case AVX2: return first_nonfinite_any<Avx2Scan>(data, count, item_size, exponent, threads);
         case AVX512:
         case AVX512_BF16: return first_nonfinite_any<Avx512Scan>(data, count, item_size, exponent, threads);
-#endif
-    }
-    return UNKNOWN;
-}
-
-// dst [rows, values of row_blocks blocks] = src [rows, row_blocks] decoded and rounded to the type `to`. Rows lie
-// src_stride and dst_stride bytes apart; the types are ggml's numbers (blocks.h), and those of our own (grouped.h).
-MIXTOOLS_EXPORT int mixtools_decode(const uint8_t* src, int64_t src_stride, uint8_t* dst, int64_t dst_stride,
-                                    int64_t rows, int64_t row_blocks, int type, int to, int64_t threads, int isa) {
-    const blocks::Decoder decoder = blocks::decoder(type, to, isa);
-    if (!decoder.run) return UNKNOWN;
-    blocks::decode_rows(decoder, src, src_stride, dst, dst_stride, rows, row_blocks, threads);
-    return 0;
-}
-
-// Each of `count` products (multiply.h), all sums in fp32. `narrow`: all values of each x are bf16's own, for which some
-// machines have a faster way.
-MIXTOOLS_EXPORT int mixtools_multiply(const blocks::Product* products, int64_t count, int narrow, int64_t threads,
-                                      int isa) {
-    return blocks::multiply_all(products, count, narrow != 0, threads, isa) ? 0 : UNKNOWN;
-}
-
-// The blocks of ggml's `type` that `rows` rows of `cols` values of `source_type` make, at `out`, dense. Both types are
-// ggml's numbers. `cols` is a multiple of the type's block, importance [cols] or null.
-MIXTOOLS_EXPORT int mixtools_encode(const uint8_t* data, int64_t stride, int source_type, int64_t rows, int64_t cols,
-                                    const float* importance, int type, uint8_t* out, int64_t threads, int isa) {
-    if (source_type != F32 && source_type != F16 && source_type != BF16) return UNKNOWN;
-    const Source source{data, stride, static_cast<SourceType>(source_type), rows, cols, importance};
-    const BlockType block = static_cast<BlockType>(type);
-    switch (isa) {
-        case PLAIN: return lanes4::encode(source, block, out, threads) ? 0 : UNKNOWN;
-#if MIXTOOLS_X86
-        case AVX2: return lanes8::encode(source, block, out, threads) ? 0 : UNKNOWN;
-        case AVX512:
-        case AVX512_BF16: return lanes16::encode(source, block, out, threads) ? 0 : UNKNOWN;
 #endif
     }
     return UNKNOWN;

@@ -69,7 +69,7 @@ install() {
     echo "installing torch"
     "${pip[@]}" torch || die "could not install torch"
     echo "installing mixtools${1:+[$1]}"
-    "${pip[@]}" -e "$ROOT${1:+[$1]}" || die "could not install mixtools; the lines above say why"
+    CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)} "${pip[@]}" -e "$ROOT${1:+[$1]}" || die "could not install mixtools; the lines above say why"
 }
 
 # Puts Triton into a folder of its own, once: only what names the folder in PYTHONPATH sees it, and torch's build for
