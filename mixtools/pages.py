@@ -11,6 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,16 +24,22 @@ Row = Mapping[str, Any]
 
 def render(template: Path, **values: Any) -> str:
     """A page from its template; what comes from files is escaped, and a value that is not given is an error."""
+    return str(_environment(template.parent).get_template(template.name).render(**values))
+
+
+@cache
+def _environment(folder: Path) -> Any:
+    """It keeps its templates compiled, which takes most of a page's time."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]), autoescape=True,
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True,
     )  # fmt: skip
     environment.filters |= {
         "sig": significant, "percent": percent, "loss": loss, "size": human_bytes, "time": human_time, "label": label,
     }  # fmt: skip
-    return environment.get_template(template.name).render(**values)
+    return environment
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Row]) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 
 from ..errors import ConfigError, Interrupted, MixtoolsError, TensorError
 from ..formats import Ggml
-from ..inference.budget import stored_bytes
 from ..layouts.checkpoint import Expected, expected_tensors, unknown_tensors
 from ..names import Slot
 from ..ops import cpu
@@ -199,6 +198,7 @@ def compare(
     """
     import torch
 
+    from ..inference.budget import stored_bytes
     from . import faults
 
     progress = progress or Silent()

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,8 @@ def write(check: Check, folder: Path) -> list[Path]:
 
 def html(check: Check) -> str:
     """The page. What comes from files (names, prompts, messages) is escaped by the template."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"sig": _significant, "found": _found, "percent": _percent, "bytes": _bytes, "time": _time}
-    template = environment.from_string(TEMPLATE.read_text("utf-8"))
     document = check.document
-    return template.render(
+    return _template().render(
         check=document,
         title=TITLES[check.verdict],
         change=list(_change(document, "→")) if check.verdict == "intact" else [],
@@ -76,6 +74,13 @@ def html(check: Check) -> str:
         histograms=_histograms(check.figures),
         prompts=_prompts(check.generation, check.tokenizer),
     )  # fmt: skip
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"sig": _significant, "found": _found, "percent": _percent, "bytes": _bytes, "time": _time}
+    return environment.from_string(TEMPLATE.read_text("utf-8"))
 
 
 # --- words ---

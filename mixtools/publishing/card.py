@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def write(judged: Sequence[Judged], asked: Asked) -> Card:
         judged, from_source, base, name=title, quantized_by=asked.quantized_by, prompt=_one_turn(outputs[0]),
         labels=names if len(judged) > 1 or outputs[0].is_gguf else (),
     )  # fmt: skip
-    body = _render(
+    body = _body().render(
         title=title, opening=_opening(judged, base, source), failed=_failed(judged), gguf=outputs[0].is_gguf,
         choice=_choice(judged), branches=asked.branches, rows=[_row(one, asked, i) for i, one in enumerate(judged)],
         picture=PICTURE if picture else None, measured=[*_measured(judged, names)], judged=[*_verdicts(judged, names)],
@@ -88,12 +89,13 @@ def write(judged: Sequence[Judged], asked: Asked) -> Card:
     return Card(seal(f"---\n{metadata.to_yaml()}\n---\n\n{body}"), picture, tuple(remarks))
 
 
-def _render(**values: Any) -> str:
+@cache
+def _body() -> Any:
     import jinja2
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"cell": _cell, "fenced": _fenced}
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(values)
+    return environment.from_string(TEMPLATE.read_text("utf-8"))
 
 
 def _cell(text: str) -> str:

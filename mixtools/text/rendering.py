@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -39,6 +39,12 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    """Which takes longer than many renderings, and a check renders dozens of conversations by the same template."""
+    return _environment().from_string(template)
+
+
 def render(template: str, messages: Sequence[Mapping[str, object]], **variables: object) -> str:
     """The prompt that `template` makes of a conversation. `variables`: bos_token and the like.
 
@@ -47,7 +53,7 @@ def render(template: str, messages: Sequence[Mapping[str, object]], **variables:
     try:
         plain = json.loads(json.dumps(list(map(dict, messages))))  # a template may call what it is given
         values = {"tools": None, "documents": None, **variables, "messages": plain}
-        return _environment().from_string(template).render(values)
+        return _compiled(template).render(values)
     except jinja2.TemplateError as error:
         raise ValueError(error.message or type(error).__name__) from None
     except Exception as error:  # whatever the template does: 1 // 0, None + "x", endless recursion
