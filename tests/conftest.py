@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -17,6 +19,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow machine is no failure, and a run can be repeated: the same examples every time.
 hypothesis.settings.register_profile("mixtools", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mixtools")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nobody_waits_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No power fails here, and a busy disk lets the tests that write wait for each other; those of storage/ do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "storage" not in request.path.parts:
+            patch.setattr(os, "fsync", lambda file: os.fstat(file) and None)  # not open is an error still
+        yield
 
 
 @pytest.fixture(params=list(cpu.Isa), ids=lambda isa: isa.name.lower())

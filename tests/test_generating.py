@@ -13,6 +13,7 @@ from typing import Any
 import finetunes
 import pytest
 import torch
+from calling import called
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -149,10 +150,10 @@ def test_a_template_that_refuses_says_why(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_without_a_template_is_told_so(tmp_path: Path) -> None:
     folder = finetunes.chatml(tmp_path / "model", template=None)
-    done = run(folder, "--chat", "--prompt", "Hello")
+    done = called("generate", folder, "--chat", "--prompt", "Hello")
     assert done.returncode == 3 and done.stdout == ""
     assert "has no chat template" in done.stderr and "--prompt" in done.stderr
-    assert run(folder, "--prompt", "Hello", "--max-new-tokens", 2).returncode == 0
+    assert called("generate", folder, "--prompt", "Hello", "--max-new-tokens", 2).returncode == 0
 
 
 def test_mistrals_own_folder_talks_in_mistrals_format() -> None:
@@ -209,10 +210,12 @@ def test_the_command(folder: Path) -> None:
     common = ("--dtype", "f32", "--max-new-tokens", 24)
     shown = run(folder, "--chat", "--prompt", "Hello", "--stop", "never said", "--stop", stop, *common, "--quiet")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, whole.text[:5] + "\n", "")
-    told = json.loads(run(folder, "--prompt", "<|im_start|>user", "--parse-special", *common, "--json").stdout)
+    told = json.loads(
+        called("generate", folder, "--prompt", "<|im_start|>user", "--parse-special", *common, "--json").stdout
+    )
     assert told["prompt_tokens"] == 4
-    assert run(folder, "--prompt", "Hello", "--system", "x").returncode == 2
-    assert run(folder, "--chat", "--parse-special", stdin="").returncode == 2
+    assert called("generate", folder, "--prompt", "Hello", "--system", "x").returncode == 2
+    assert called("generate", folder, "--chat", "--parse-special").returncode == 2
 
 
 def test_a_conversation_from_standard_input_begins_with_the_system_message(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line as users and scripts meet it: in a process of its own."""
+"""The command line as users and scripts meet it: where it matters in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calling import called
+from converting import environment
 
 from mixtools import machine
 from mixtools.cli import base
@@ -32,7 +34,7 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def document(*arguments: object, code: int = 0) -> Any:
-    done = run(*arguments, "--json")
+    done = called(*arguments, "--json")
     assert done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -67,18 +69,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_converting_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["convert", "torrent-to-hf", NANO, "out"], ["inspect", NANO, "--verify"]],
+                         ids=["convert", "inspect"])  # fmt: skip
+def test_what_needs_no_torch(tmp_path: Path, command: list[object]) -> None:
     code = "import sys; from mixtools.cli.main import main\n"
-    code += f"try: main(['convert', 'torrent-to-hf', {str(NANO)!r}, {str(tmp_path / 'out')!r}])\n"
+    code += f"try: main({[*map(str, command)]!r})\n"
     code += "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment()
+    )
     assert done.stdout.splitlines()[-1] == "0 False"
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["convert"], ["convert", "to-hf"], ["convert", "torrent-to-hf"],
                                      ["convert", "hf-to-torrent"], ["generate"], ["doctor"]])  # fmt: skip
 def test_every_command_has_help(command: list[str]) -> None:
-    done = run(*command, "--help")
+    done = called(*command, "--help")
     assert done.returncode == 0
     assert "Usage: mixtools" in done.stdout
     assert command == ["convert"] or "Example: mixtools" in done.stdout
@@ -89,16 +95,16 @@ def test_every_command_has_help(command: list[str]) -> None:
 )
 def test_a_group_alone_is_its_help(group: list[str], lists: str) -> None:
     """The first thing that a newcomer types."""
-    alone, asked = run(*group), run(*group, "--help")
+    alone, asked = called(*group), called(*group, "--help")
     assert alone.stdout == asked.stdout and alone.stdout.startswith(f"Usage: {' '.join(['mixtools', *group])} ")
     assert re.search(rf"^  {lists} ", alone.stdout, re.M)
     assert alone.stderr == "" and alone.returncode in (0, 2)
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
-    assert run("convrt").stderr == "error: No such command 'convrt'. Did you mean 'convert'? Try: mixtools --help\n"
-    assert run("convert", "tohf").stderr.endswith("Try: mixtools convert --help\n")
-    assert run("inspect").stderr == "error: Missing argument 'MODEL'. Try: mixtools inspect --help\n"
+    assert called("convrt").stderr == "error: No such command 'convrt'. Did you mean 'convert'? Try: mixtools --help\n"
+    assert called("convert", "tohf").stderr.endswith("Try: mixtools convert --help\n")
+    assert called("inspect").stderr == "error: Missing argument 'MODEL'. Try: mixtools inspect --help\n"
 
 
 @pytest.mark.parametrize(
@@ -154,14 +160,19 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path: Path, hf: Path) -> None:
         (8, ["convert", "to-hf", NANO, busy]),
         (8, ["convert", "to-hf", NANO, busy, "--overwrite"]),
     ]
+    seen = set()
     for code, arguments in cases:
-        done = run(*arguments)
+        done = called(*arguments)
         assert done.returncode == code, (arguments, done.stderr)
         assert done.stdout == ""
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         error = document(*arguments, code=code)["error"]
         assert error.keys() == {"type", "message", "file", "tensor"}
         assert done.stderr == f"error: {error['message']}\n"
+        if code not in seen:  # once of each in a process of its own
+            alone = run(*arguments)
+            assert (alone.returncode, alone.stdout, alone.stderr) == (code, "", done.stderr)
+            seen.add(code)
     assert (busy / "thesis.txt").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["busy"]
 
@@ -178,7 +189,7 @@ def test_inspect_tells_what_is_there(hf: Path) -> None:
     assert nano["problems"] == nano["missing"] == nano["unknown"] == []
     assert {"name", "dtype", "shape", "bytes", "file", "offset"} == nano["tensors_list"][0].keys()
     assert document("inspect", hf, "--verify")["verified"] is True
-    text = run("inspect", hf).stdout
+    text = called("inspect", hf).stdout
     assert "4,592,896 parameters in 65 tensors" in text and "rope theta 1e+06" in text
 
 
@@ -242,7 +253,7 @@ def test_sampling_repeats_with_its_seed(hf: Path) -> None:
 def test_chat_from_standard_input(hf: Path) -> None:
     done = run("generate", hf, "--chat", "--max-new-tokens", 4, input="Hello\n\nAnd again\n")
     assert done.returncode == 0 and len(done.stdout.strip("\n").split("\n")) >= 2
-    assert run("generate", hf, "--chat", "--json", input="").returncode == 2
+    assert called("generate", hf, "--chat", "--json").returncode == 2
 
 
 def test_an_interrupt_is_exit_130_and_the_same_command_continues(tmp_path: Path) -> None:
