@@ -63,10 +63,16 @@ inline PreparedMultiplier<narrow::X> narrow_multiplier(int type, int isa) {
 inline PreparedMultiplier<slices::X> sliced_multiplier(int type, int isa) {
     using Made = PreparedMultiplier<slices::X>;
     if (isa != AVX2 && isa != AVX512) return {};
-    return of_k_quant<Made>(type, [](auto block) {
+    const auto make = [](auto block) {
         using Block = decltype(block);
         return Made{slices::multiply<Block, 1>, slices::multiply<Block, TOGETHER>, slices::prepare<Block>};
-    });
+    };
+    switch (type) {
+        case Grouped<4, 1>::TYPE: return make(Grouped<4, 1>{});
+        case Grouped<4, 2>::TYPE: return make(Grouped<4, 2>{});
+        case Grouped<4, 4>::TYPE: return make(Grouped<4, 4>{});
+    }
+    return of_k_quant<Made>(type, make);
 }
 #endif
 

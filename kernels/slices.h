@@ -22,8 +22,8 @@ constexpr int SLICES = 3, DIGITS = 22;  // of x, and its bits without a sign
 // No factor of a block is a denormal then: the smallest d is 2^-24. Values of x below 2^-103 count as zero.
 constexpr int LEAST_EXPONENT = -80;
 
-// 256 values of x: their slices, the highest first; the sums of each 32, or of each 16: of the even groups, then of the
-// odd ones; and what a one in the lowest slice stands for.
+// 256 values of x: their slices, the highest first; the sums of those that share a scale (16 values: of the even groups,
+// then of the odd ones), and zeros; and what a one in the lowest slice stands for.
 struct X {
     int8_t bytes[SLICES][256];
     float sums[16];
@@ -56,11 +56,19 @@ TARGET_AVX2 static MIXTOOLS_INLINE void add(int group, __m256i codes, __m256i sc
     }
 }
 
+// The slices' sums in one.
+TARGET_AVX2 static MIXTOOLS_INLINE __m256 joined(const Parts& parts) {
+    const __m256 slice = _mm256_set1_ps(256);
+    __m256 products = _mm256_cvtepi32_ps(parts.at[0]);
+    MIXTOOLS_UNROLL
+    for (int i = 1; i < SLICES; i++) products = _mm256_fmadd_ps(products, slice, _mm256_cvtepi32_ps(parts.at[i]));
+    return products;
+}
+
 // The block's products, and what they have too much: `offsets` times the sums of x, 8 or 16 of both.
 template <int TOKENS, int OFFSETS>
 TARGET_AVX2 static MIXTOOLS_INLINE void close(float d, const Parts* parts, const __m256* offsets, const X* x,
                                               int64_t stride, __m256* sums) {
-    const __m256 slice = _mm256_set1_ps(256);
     MIXTOOLS_UNROLL
     for (int token = 0; token < TOKENS; token++) {
         const X& own = x[token * stride];
@@ -68,11 +76,7 @@ TARGET_AVX2 static MIXTOOLS_INLINE void close(float d, const Parts* parts, const
         MIXTOOLS_UNROLL
         for (int i = 0; i < OFFSETS / 8; i++)
             sum = _mm256_fnmadd_ps(offsets[i], _mm256_loadu_ps(own.sums + 8 * i), sum);
-        __m256 products = _mm256_cvtepi32_ps(parts[token].at[0]);
-        MIXTOOLS_UNROLL
-        for (int i = 1; i < SLICES; i++)
-            products = _mm256_fmadd_ps(products, slice, _mm256_cvtepi32_ps(parts[token].at[i]));
-        sums[token] = _mm256_fmadd_ps(products, _mm256_set1_ps(d * own.unit), sum);
+        sums[token] = _mm256_fmadd_ps(joined(parts[token]), _mm256_set1_ps(d * own.unit), sum);
     }
 }
 
@@ -101,10 +105,14 @@ TARGET_AVX2 static MIXTOOLS_INLINE __m128i eight(uint64_t bytes) {
     return _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
 }
 
-// How many values have a scale, and what is taken off a code (of types with minima: one of those).
+// How many values have a scale, and what is taken off a code (of types with minima and zeros: one of those).
 template <typename Block> struct Type;
 
-template <> struct Type<Q2_K> {
+struct InOrder {
+    static constexpr int column_of(int at) { return at; }
+};
+
+template <> struct Type<Q2_K> : InOrder {
     static constexpr int SCALED = 16, LESS = 1;
     template <int TOKENS>
     TARGET_AVX2 static MIXTOOLS_INLINE void take(const Q2_K& block, const X* x, int64_t stride, __m256* sums) {
@@ -123,7 +131,7 @@ template <> struct Type<Q2_K> {
     }
 };
 
-template <> struct Type<Q3_K> {
+template <> struct Type<Q3_K> : InOrder {
     static constexpr int SCALED = 16, LESS = 4;
     template <int TOKENS>
     TARGET_AVX2 static MIXTOOLS_INLINE void take(const Q3_K& block, const X* x, int64_t stride, __m256* sums) {
@@ -157,7 +165,7 @@ TARGET_AVX2 static MIXTOOLS_INLINE void take_with_minima(const Block& block, con
     close<TOKENS, 8>(half_at(block.d), parts, &offsets, x, stride, sums);
 }
 
-template <> struct Type<Q4_K> {
+template <> struct Type<Q4_K> : InOrder {
     static constexpr int SCALED = 32, LESS = 1;
     struct Codes {
         const Q4_K& block;
@@ -171,7 +179,7 @@ template <> struct Type<Q4_K> {
     }
 };
 
-template <> struct Type<Q5_K> {
+template <> struct Type<Q5_K> : InOrder {
     static constexpr int SCALED = 32, LESS = 1;
     struct Codes {
         const Q5_K& block;
@@ -187,7 +195,7 @@ template <> struct Type<Q5_K> {
     }
 };
 
-template <> struct Type<Q6_K> {
+template <> struct Type<Q6_K> : InOrder {
     static constexpr int SCALED = 16, LESS = 32;
     template <int TOKENS>
     TARGET_AVX2 static MIXTOOLS_INLINE void take(const Q6_K& block, const X* x, int64_t stride, __m256* sums) {
@@ -202,6 +210,58 @@ template <> struct Type<Q6_K> {
         }
         const float d = half_at(block.d);
         close<TOKENS, 16>(d, parts, times(scales, d).at, x, stride, sums);
+    }
+};
+
+// Of 4 bits in groups of 64 and more. A scale is any number, so each group's sums become floats; pairs of products are
+// added as int16 till then, 30720 at most.
+template <int GROUPS> struct Type<Grouped<4, GROUPS>> {
+    static constexpr int SCALED = 256 / GROUPS, LESS = 1;
+
+    // Which value the byte at a place of a slice is of: codes lie in words (grouped.h).
+    static constexpr int column_of(int at) {
+        const int thirty_two = at / 32, first = thirty_two / 4 * 128 + thirty_two / 2 % 2 * 64 + thirty_two % 2 * 8;
+        return first + at % 4 * 16 + at % 32 / 4;
+    }
+    TARGET_AVX2 static MIXTOOLS_INLINE __m256i codes(const Grouped<4, GROUPS>& block, int thirty_two) {
+        const uint8_t* from = block.qs + thirty_two / 4 * 64 + thirty_two % 2 * 32;
+        return Set::cut(Set::load(from), thirty_two / 2 % 2 * 4, 15);
+    }
+    template <int TOKENS>
+    TARGET_AVX2 static MIXTOOLS_INLINE void take(const Grouped<4, GROUPS>& block, const X* x, int64_t stride,
+                                                 __m256* sums) {
+        constexpr int EACH = 8 / GROUPS;
+        const __m256i ones = _mm256_set1_epi16(1);
+        alignas(32) float offsets[8] = {};
+        MIXTOOLS_UNROLL
+        for (int group = 0; group < GROUPS; group++) {
+            const float scale = block.scale(EACH * group);
+            offsets[group] = scale * static_cast<float>(block.zero(EACH * group));
+            Parts parts[TOKENS];
+            MIXTOOLS_UNROLL
+            for (int i = EACH * group; i < EACH * (group + 1); i++) {
+                const __m256i own = codes(block, i);
+                MIXTOOLS_UNROLL
+                for (int token = 0; token < TOKENS; token++) {
+                    MIXTOOLS_UNROLL
+                    for (int slice = 0; slice < SLICES; slice++) {
+                        __m256i& part = parts[token].at[slice];
+                        const __m256i pairs = _mm256_maddubs_epi16(own, load(x[token * stride].bytes[slice] + 32 * i));
+                        part = i % EACH ? _mm256_add_epi16(part, pairs) : pairs;
+                    }
+                }
+            }
+            MIXTOOLS_UNROLL
+            for (int token = 0; token < TOKENS; token++) {
+                for (__m256i& part : parts[token].at) part = _mm256_madd_epi16(part, ones);
+                // first in x's unit: with the scale alone a factor might be a denormal
+                const __m256 products = _mm256_mul_ps(joined(parts[token]), _mm256_set1_ps(x[token * stride].unit));
+                sums[token] = _mm256_fmadd_ps(products, _mm256_set1_ps(scale), sums[token]);
+            }
+        }
+        MIXTOOLS_UNROLL
+        for (int token = 0; token < TOKENS; token++)
+            sums[token] = _mm256_fnmadd_ps(_mm256_load_ps(offsets), _mm256_loadu_ps(x[token * stride].sums), sums[token]);
     }
 };
 
@@ -220,16 +280,18 @@ template <typename Block> TARGET_AVX2 bool prepare(const float* x, int64_t block
         for (int i = 0; i < 256; i++)
             whole[i] = static_cast<int32_t>(bits_of(x[i] * scale + NEAREST) - bits_of(NEAREST));
         for (int i = 0; i < 256; i++) {
-            const int32_t low = static_cast<int8_t>(whole[i]), above = (whole[i] - low) >> 8;
+            const int32_t own = whole[Type<Block>::column_of(i)];
+            const int32_t low = static_cast<int8_t>(own), above = (own - low) >> 8;
             const int32_t middle = static_cast<int8_t>(above);
             out->bytes[0][i] = static_cast<int8_t>((above - middle) >> 8);
             out->bytes[1][i] = static_cast<int8_t>(middle);
             out->bytes[2][i] = static_cast<int8_t>(low);
         }
+        for (float& sum : out->sums) sum = 0;
         for (int group = 0; group < 256 / SCALED; group++) {
             int32_t sum = 0;
             for (int i = 0; i < SCALED; i++) sum += whole[SCALED * group + i];
-            const int at = SCALED == 32 ? group : group / 2 + group % 2 * 8;
+            const int at = SCALED > 16 ? group : group / 2 + group % 2 * 8;
             out->sums[at] = static_cast<float>(sum) * (out->unit * static_cast<float>(Type<Block>::LESS));
         }
     }
