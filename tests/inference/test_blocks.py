@@ -82,10 +82,12 @@ def test_many_rows_go_through_runs_of_decoded_rows(opened, narrow, monkeypatch):
     expected = model(ids(60))
     for run in (1, 256 * 3, 256 * 255):
         monkeypatch.setattr(blocks, "RUN", run)
-        torch.testing.assert_close(model(ids(60)), expected, rtol=0, atol=4e-3 * float(expected.abs().max()))
+        # of most tokens: of one whose router hesitates a sum in another order chooses another expert
+        near = (model(ids(60)) - expected).abs().amax(-1) <= 4e-3 * float(expected.abs().max())
+        assert int(near.sum()) >= 57
     truth = dense(opened("Q4_K_M"), monkeypatch)(ids(60))
     theirs = dense(opened("Q4_K_M"), monkeypatch, torch.bfloat16)(ids(60))
-    # of most tokens: one whose router chose another expert is as far off either way, and outweighs all others
+    # here such a token is as far off either way, and outweighs all others
     ours, others = ((found - truth).square().mean(-1).median() for found in (expected, theirs))
     assert ours < 1.2 * others
 
