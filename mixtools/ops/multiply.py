@@ -5,8 +5,8 @@
 Blocks are ggml's or our own (repack.py), and values those of their format, bit for bit (decode.py); products and sums
 are fp32, in an order that neither the instruction set nor the number of threads or tokens changes (kernels/multiply.h).
 Where x is of bf16 and the machine has its dot product, sums of K-quants and of our groups of 3 and 4 bits run in
-another order (kernels/narrow.h); with AVX2 or AVX-512 alone those of K-quants and of 4 bits in groups of 64 and more are of integers
-within a block (kernels/slices.h). Threads and tokens do not change these either.
+another order (kernels/narrow.h); with AVX2 or AVX-512 alone those of K-quants, and of 4 bits in groups of 64 and more,
+are of integers within a block (kernels/slices.h). Threads and tokens do not change these either.
 """
 
 from __future__ import annotations

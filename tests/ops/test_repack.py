@@ -133,7 +133,9 @@ def test_a_product_with_bf16_is_as_good(isa, make, rows, count, tokens):
         np.testing.assert_array_equal(multiply(x, blocks, kind, narrow=True, threads=threads), found)
     for token in range(tokens):
         np.testing.assert_array_equal(multiply(x[token : token + 1], blocks, kind, narrow=True)[0], found[token])
-    integers = isa in (cpu.Isa.AVX2, cpu.Isa.AVX512) and kind.value.startswith("int4") and not kind.value.endswith(" 32")
+    integers = (
+        isa in (cpu.Isa.AVX2, cpu.Isa.AVX512) and kind.value.startswith("int4") and not kind.value.endswith(" 32")
+    )
     if not integers and (isa is not cpu.Isa.AVX512_BF16 or kind.value.startswith(("int8", "nf4"))):
         np.testing.assert_array_equal(found, multiply(x, blocks, kind))
 
