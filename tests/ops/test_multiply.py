@@ -115,6 +115,28 @@ def test_small_values_beside_a_large_one_keep_their_digits(isa, type, largest):
     assert np.all(np.abs(found - x.astype(np.float64) @ values.T) <= 2.0**-bits * parts)
 
 
+@pytest.mark.parametrize(
+    ("type", "halves"),
+    [(DType.Q2_K, (80, 82)), (DType.Q3_K, (108,)), (DType.Q4_K, (0, 2)), (DType.Q5_K, (0, 2)), (DType.Q6_K, (208,))],
+    ids=lambda part: getattr(part, "value", ""),
+)
+@pytest.mark.parametrize("bits", [0xFF, 0x7F, 0x80])
+def test_the_largest_codes_and_scales_meet_the_largest_bytes(isa, type, halves, bits):
+    """All of one sign: a sum of two products of bytes may be too large for 16 bits, which says nothing."""
+    blocks = np.full((1, 2, type.row_bytes(256)), bits, np.uint8)
+    for at in halves:
+        blocks[..., at : at + 2] = np.array([0x3C00], "<u2").view(np.uint8)  # 1.0
+    blocks = blocks.reshape(1, -1)
+    x = np.full((4, 512), 2.0**-14, np.float32)
+    x[:, ::256] = 1  # the others then are 128 of the 2^22 that the largest may be: a byte of -128, and one above it
+    x[1] = -x[1]
+    x[2:] = np.array([[1.9921875], [-1.9921875]])
+    values = decode(blocks, type, DType.F32).view(np.float32).astype(np.float64)
+    found = multiply(x, blocks, type, narrow=True)
+    bound = 2.0 ** (-14 if isa is cpu.Isa.AVX512_BF16 else -22) * np.abs(x).sum(1)[:, None] * np.abs(values).max()
+    assert np.all(np.abs(found - x.astype(np.float64) @ values.T) <= bound)
+
+
 @pytest.mark.parametrize("type", K_QUANTS, ids=lambda type: type.value)
 @pytest.mark.parametrize("power", [-75, -40, 60, 100])
 def test_powers_of_two_go_through(isa, type, power):

@@ -162,6 +162,23 @@ def test_small_values_beside_a_large_one_keep_their_digits(isa, make):
     assert np.all(np.abs(found - x.astype(np.float64) @ values.astype(np.float64).T) <= bound)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_the_largest_codes_meet_the_largest_bytes(isa, group):
+    """See the same of ggml's blocks; here pairs of a whole group are added in 16 bits."""
+    codes, scales = np.full((1, 512), 15, np.uint8), np.ones((1, 1 if group == -1 else 512 // group), "f4")
+    blocks, kind = (
+        repack.pack_grouped(codes, scales, np.zeros(scales.shape, int), 4, group),
+        repack.grouped(512, 4, group),
+    )
+    x = np.full((4, 512), 2.0**-14, np.float32)
+    x[:, ::256] = 1
+    x[1] = -x[1]
+    x[2:] = np.array([[1.9921875], [-1.9921875]])
+    found = multiply(x, blocks, kind, narrow=True)
+    bound = 2.0 ** (-14 if isa is cpu.Isa.AVX512_BF16 else -22) * 15 * np.abs(x).sum(1)[:, None]
+    assert np.all(np.abs(found - 15 * x.astype(np.float64).sum(1)[:, None]) <= bound)
+
+
 def test_scales_next_to_nothing_are_scales(isa):
     """Of bf16: in the products of such a scale with a unit of x digits could be lost."""
     codes = np.random.default_rng(0).integers(0, 16, (3, 256), dtype=np.uint8)
