@@ -10,8 +10,6 @@
 // are left than a bf16 of the result has.
 #pragma once
 
-#include <cstddef>
-
 #include "codes.h"
 
 #if MIXTOOLS_AVX512_BF16
@@ -254,8 +252,6 @@ template <typename Block> bool prepare(const float* x, int64_t blocks, X* out) {
     return true;
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
-
 // A row after the other, so that memory is read in the order that the processor foresees: several rows in turns, or a run
 // of columns after the other, read x less often from the second cache, and were measured to be slower.
 template <typename Block, int TOKENS>
@@ -265,10 +261,9 @@ TARGET_AVX512_BF16 void multiply(const uint8_t* blocks, int64_t row_bytes, int64
         Sum sums[TOKENS];
         for (int token = 0; token < TOKENS; token++) sums[token] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int64_t i = 0; i < count; i++) {
-            const auto* at = reinterpret_cast<const Block*>(blocks) + i;
-            for (size_t line = 0; line < sizeof(Block); line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD + line, _MM_HINT_T0);
-            Type<Block>::template take<TOKENS>(*at, x + i, stride, sums);
+            const Block& block = reinterpret_cast<const Block*>(blocks)[i];
+            ask_ahead(block);
+            Type<Block>::template take<TOKENS>(block, x + i, stride, sums);
         }
         for (int token = 0; token < TOKENS; token++)
             out[token * out_stride + row] =

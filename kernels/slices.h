@@ -11,8 +11,6 @@
 // What is rounded are the sums of blocks, in fp32.
 #pragma once
 
-#include <cstddef>
-
 #include "codes.h"
 
 #if MIXTOOLS_X86
@@ -298,8 +296,6 @@ template <typename Block> TARGET_AVX2 bool prepare(const float* x, int64_t block
     return true;
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
-
 template <typename Block, int TOKENS>
 TARGET_AVX2 void multiply(const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t count, const X* x,
                           int64_t stride, float* out, int64_t out_stride) {
@@ -307,10 +303,9 @@ TARGET_AVX2 void multiply(const uint8_t* blocks, int64_t row_bytes, int64_t rows
         __m256 sums[TOKENS];
         for (int token = 0; token < TOKENS; token++) sums[token] = _mm256_setzero_ps();
         for (int64_t i = 0; i < count; i++) {
-            const auto* at = reinterpret_cast<const Block*>(blocks) + i;
-            for (size_t line = 0; line < sizeof(Block); line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD + line, _MM_HINT_T0);
-            Type<Block>::template take<TOKENS>(*at, x + i, stride, sums);
+            const Block& block = reinterpret_cast<const Block*>(blocks)[i];
+            ask_ahead(block);
+            Type<Block>::template take<TOKENS>(block, x + i, stride, sums);
         }
         for (int token = 0; token < TOKENS; token++) out[token * out_stride + row] = Set::total_of(sums[token]);
     }
