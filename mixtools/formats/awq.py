@@ -67,7 +67,7 @@ class Awq:
         """
         import torch
 
-        from ..ops.library import turned
+        from ..ops import library
 
         rows, columns = codes.shape
         groups.expect_multiple("rows", rows, _A_WORD)
@@ -78,8 +78,8 @@ class Awq:
             groups.expect_zeros(zeros, 8, 8, "a symmetric grid has its zero in the middle")
         groups.expect_zeros(zeros, 0, 15, "zeros have 4 bits")
         parts = (
-            turned(pack(codes, self.bits, AWQ_ORDER)).cpu(),
-            turned(pack(zeros.to(torch.uint8), self.bits, AWQ_ORDER)),
+            library.turned(pack(codes, self.bits, AWQ_ORDER)).cpu(),
+            library.turned(pack(zeros.to(torch.uint8), self.bits, AWQ_ORDER)),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
         )
         return Packed(self, parts)

@@ -56,9 +56,9 @@ def pack(lines: Tensor, bits: int, order: Sequence[int] = range(8)) -> Tensor:
     """
     import torch
 
-    from ..ops.library import dense
+    from ..ops import library
 
-    lines, (count, rows) = dense(lines), lines.shape
+    lines, (count, rows) = library.dense(lines), lines.shape
     if bits < 8 and lines.numel() and (most := int(lines.max())) >> bits:
         raise TensorError(f"code {most} does not fit into {bits} bits")
     period = 4 // math.gcd(bits, 4)  # eights of codes that fill whole words

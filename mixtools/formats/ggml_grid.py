@@ -178,13 +178,13 @@ def with_codes(type: DType, blocks: Array, codes: Tensor) -> Array:
     """
     import torch
 
-    from ..ops.library import dense, turned
+    from ..ops import library
 
     kind = _kind(type)
     rows, cols = _shape(type, blocks)
     if codes.shape != (rows, cols) or codes.dtype != torch.uint8:
         raise MixtoolsError(f"{rows} rows of {cols} codes are as many uint8, not {codes.dtype} {[*codes.shape]}")
-    lines, supers = dense(codes.T), cols // type.block
+    lines, supers = library.dense(codes.T), cols // type.block
     if lines.numel() and (most := int(lines.max())) >= len(kind.levels):
         raise MixtoolsError(f"{type.value} has {len(kind.levels)} codes, and none is {most}")
     items = lines.view(supers, type.block, rows)
@@ -198,7 +198,7 @@ def with_codes(type: DType, blocks: Array, codes: Tensor) -> Array:
             strip = table.index_select(0, strip.flatten().int()).view(strip.shape)
         _pack(kind.codes, strip, joined[at : at + step])
     out = np.array(blocks, order="C")
-    _put(kind.codes, turned(joined.flatten(0, 1)).cpu().numpy(), _cut(out, _size(type)))
+    _put(kind.codes, library.turned(joined.flatten(0, 1)).cpu().numpy(), _cut(out, _size(type)))
     return out
 
 

@@ -77,7 +77,7 @@ class Gptq:
         """
         import torch
 
-        from ..ops.library import turned
+        from ..ops import library
 
         rows, columns = codes.shape
         groups.expect_multiple("rows", rows, 32)
@@ -89,7 +89,7 @@ class Gptq:
         stored = zeros.to(torch.uint8) - (0 if self.v2 else 1)
         parts = (
             pack(codes.T, self.bits).cpu(),
-            turned(pack(stored, self.bits)),
+            library.turned(pack(stored, self.bits)),
             groups.stored_scales(scales.cpu(), self.dtype).T.contiguous(),
             self._sequence(columns),
         )

@@ -80,7 +80,7 @@ class PackedInts:
         """
         import torch
 
-        from ..ops.library import turned
+        from ..ops import library
 
         if self.indexed:
             raise TensorError("columns are written in sequence, without weight_g_idx")
@@ -92,7 +92,7 @@ class PackedInts:
         if self.symmetric:
             groups.expect_zeros(zeros, middle, middle, "a symmetric grid has its zero in the middle")
         groups.expect_zeros(zeros, 0, (1 << self.bits) - 1, f"zeros have {self.bits} bits")
-        parts = [turned(pack(codes.T, self.bits)).cpu(), groups.stored_scales(scales.cpu(), self.dtype)]
+        parts = [library.turned(pack(codes.T, self.bits)).cpu(), groups.stored_scales(scales.cpu(), self.dtype)]
         if not self.symmetric:
             parts.append(pack(zeros.to(torch.uint8), self.bits))
         return Packed(self, (*parts, torch.tensor([rows, columns])))
