@@ -89,6 +89,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_a_part_without_figures_has_failed(monkeypatch):
+    script = load_script()
+    monkeypatch.setattr(script, "command", lambda part, small: [sys.executable, "-c", "print('all is well')"])
+    assert script.run("decode", True, 30.0)["failed"] == "told no figures"
+
+
 def test_without_git_its_state_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert load_script().commit() == "unknown"
