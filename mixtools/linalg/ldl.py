@@ -124,18 +124,3 @@ def _of_turned(turned: Tensor) -> tuple[Tensor, Tensor] | None:
     upper = upper.contiguous()  # LAPACK's lie by columns
     roots = upper.diagonal().clone()
     return upper.div_(roots), roots.square()
-
-
-def rescaled(found: Factor, scale: Tensor) -> Factor:
-    """The factor of S H S, S being the diagonal matrix of `scale` [n] > 0: the same order, the damping scaled along."""
-    by_order = scale[found.order]
-    panels = []
-    for start, feedback, inputs, gain in found.panels:
-        own = by_order[start : start + len(feedback)]
-        panels.append(
-            Panel(
-                start, feedback * own[:, None] / own, None if inputs is None else inputs / own,
-                None if gain is None else gain * own,
-            )
-        )  # fmt: skip
-    return Factor(found.order, tuple(panels), found.pivots * by_order.square(), found.damping)

@@ -9,7 +9,7 @@ same in plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,7 +27,8 @@ MOST_COLUMNS, MOST_LEVELS, _FARTHEST = 512, 256, 1 << 20  # of a block; of a gri
 class Block:
     """B columns (1 to 512) of a matrix of R rows, transposed: a line holds the R values of a column side by side.
 
-    Lines may lie any stride apart. All on one device, but `group_of` on the CPU.
+    Lines may lie any stride apart. All on one device, but `group_of` on the CPU. Of as many matrices as there are in a
+    first dimension of all tensors, where they have one more: those are one launch on a GPU.
     """
 
     targets: Tensor  # [B, R] float32, changed
@@ -45,6 +46,14 @@ _NAMES = tuple(field.name for field in fields(Block))
 
 def _tensors(block: Block) -> tuple[Tensor, ...]:
     return tuple(getattr(block, name) for name in _NAMES)
+
+
+def _matrices(block: Block) -> Iterator[Block]:
+    """Each by itself."""
+    if block.targets.ndim == 2:
+        yield block
+    else:
+        yield from (Block(*one) for one in zip(*_tensors(block), strict=True))
 
 
 def round_block(block: Block, levels: range | Tensor, *, threads: int = 1) -> None:
@@ -75,7 +84,7 @@ def round_block_reference(block: Block, levels: range | Tensor) -> None:
     table, count, low = _checked_levels(levels)
     _check_shapes(block)
     _check_memory(block)
-    _round_by_torch(block, table, count, low)
+    _each_by_torch(block, table, count, low)
 
 
 def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
@@ -87,7 +96,8 @@ def _round_block(  # noqa: PLR0917 (an operation takes its tensors by position)
     _check_memory(block)
     cpu.positive(threads)
     if targets.device.type == "cpu" and targets.numel():
-        _round_by_kernel(block, table, count, low, threads)
+        for one in _matrices(block):
+            _round_by_kernel(one, table, count, low, threads)
     elif targets.numel():
         _way(targets.device)(block, table, count, low)
 
@@ -122,12 +132,17 @@ def _round_by_kernel(block: Block, table: Tensor | None, count: int, low: int, t
 
 def _way(device: torch.device) -> Callable[[Block, Tensor | None, int, int], None]:
     """How a block is rounded that is not on the CPU."""
-    return _round_by_torch if able.problem(device) else _round_on_gpu
+    return _each_by_torch if able.problem(device) else _round_on_gpu
 
 
 def _round_on_gpu(block: Block, table: Tensor | None, count: int, low: int) -> None:
     levels = range(low, low + count) if table is None else (table, _limits(table))
     gpu.round_blocks(_tensors(block), levels).run()
+
+
+def _each_by_torch(block: Block, table: Tensor | None, count: int, low: int) -> None:
+    for one in _matrices(block):
+        _round_by_torch(one, table, count, low)
 
 
 def _round_by_torch(block: Block, table: Tensor | None, count: int, low: int) -> None:
@@ -178,13 +193,13 @@ def _checked_levels(levels: range | Tensor) -> tuple[Tensor | None, int, int]:
 def _check_shapes(block: Block) -> None:
     """Shapes, dtypes, devices, and that the items of a line lie side by side."""
     targets, groups = block.targets, block.group_of
-    if targets.ndim != 2 or not 1 <= len(targets) <= MOST_COLUMNS or block.scales.ndim != 2:
+    if targets.ndim not in (2, 3) or not 1 <= targets.shape[-2] <= MOST_COLUMNS or block.scales.ndim != targets.ndim:
         raise MixtoolsError(f"a block is a matrix of 1 to {MOST_COLUMNS} columns, not {_describe(targets)}")
-    columns, rows = targets.shape
-    same, scales = (columns, rows), (len(block.scales), rows)
+    *matrices, columns, rows = targets.shape
+    same, scales = (*matrices, columns, rows), (*matrices, block.scales.shape[-2], rows)
     shapes = {
         "targets": same, "weights": same, "errors": same, "codes": same, "scales": scales, "mins": scales,
-        "feedback": (columns, columns),
+        "feedback": (*matrices, columns, columns),
     }  # fmt: skip
     for name, shape in shapes.items():
         tensor = getattr(block, name)
@@ -192,27 +207,38 @@ def _check_shapes(block: Block) -> None:
         if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, targets.device):
             expected = f"{dtype} {list(shape)} on {targets.device}"
             raise MixtoolsError(f"wrong {name} of a block", expected=expected, found=_describe(tensor))
-        if shape[1] > 1 and tensor.stride(1) != 1:
+        if shape[-1] > 1 and tensor.stride(-1) != 1:
             raise MixtoolsError(f"the items of a line of {name} lie side by side, not as in {_describe(tensor)}")
-    if groups.shape != (columns,) or groups.dtype != torch.int32 or groups.device.type != "cpu":
-        expected = f"torch.int32 [{columns}] on cpu"
+    if groups.shape != (*matrices, columns) or groups.dtype != torch.int32 or groups.device.type != "cpu":
+        expected = f"torch.int32 {[*matrices, columns]} on cpu"
         raise MixtoolsError("wrong group_of of a block", expected=expected, found=_describe(groups))
 
 
 def _check_memory(block: Block) -> None:
     """The groups exist, and what is changed lies apart from all else."""
-    lowest, highest = int(block.group_of.min()), int(block.group_of.max())
-    if lowest < 0 or highest >= len(block.scales):
-        raise MixtoolsError(f"group_of names the groups {lowest} to {highest}, of {len(block.scales)}")
+    if block.group_of.numel():
+        lowest, highest = int(block.group_of.min()), int(block.group_of.max())
+        if lowest < 0 or highest >= block.scales.shape[-2]:
+            raise MixtoolsError(f"group_of names the groups {lowest} to {highest}, of {block.scales.shape[-2]}")
     extents = dict(zip(_NAMES, map(_extent, _tensors(block)), strict=True))
     for name in ("targets", "errors", "codes"):
         tensor = getattr(block, name)
-        if len(tensor) > 1 and tensor.stride(0) < tensor.shape[1]:
+        if tensor.numel() and not _apart(tensor):
             raise MixtoolsError(f"the lines of {name} lie upon each other: {_describe(tensor)}")
         start, end = extents[name]
         for other, (first, last) in extents.items():
             if other != name and first < end and start < last:
                 raise MixtoolsError(f"{name} of a block overlap its {other}")
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Whether no two items of it are one: each dimension steps over all that the narrower ones reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from ops.test_feedback import (
     LEVELS,
     NF4,
     assert_same,
+    batch_of,
     block_of,
     by_numpy,
     by_reference,
@@ -220,11 +221,16 @@ def test_the_operation_hands_its_blocks_over(levels):
     found = like(block)
     feedback._round_on_gpu(found, table, len(levels), low)
     assert_same(found, by_reference(block, levels))
+    blocks = [block_of((10, 36), levels, seed=seed) for seed in (1, 2)]
+    together = batch_of(blocks, room=1)
+    feedback._round_on_gpu(together, table, len(levels), low)
+    for number, block in enumerate(blocks):
+        assert_same(Block(*(one[number] for one in tensors(together))), by_reference(block, levels))
 
 
 def test_which_devices_the_kernel_is_for(monkeypatch):
-    assert feedback._way(torch.device("mps")) is feedback._round_by_torch
-    for problem, way in ((None, feedback._round_on_gpu), ("too old", feedback._round_by_torch)):
+    assert feedback._way(torch.device("mps")) is feedback._each_by_torch
+    for problem, way in ((None, feedback._round_on_gpu), ("too old", feedback._each_by_torch)):
         monkeypatch.setattr(able, "problem", lambda _, problem=problem: problem)
         assert feedback._way(torch.device("cuda", 1)) is way
 

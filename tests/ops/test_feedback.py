@@ -143,6 +143,64 @@ def test_slices_of_larger_tensors(isa, cut):
     assert_same(whole, before)
 
 
+def batch_of(blocks: list[Block], room: int = 0) -> Block:
+    """All in one: the matrices of one tensor beside each other in each line, with so many items between them."""
+    made = {}
+    for field in dataclasses.fields(Block):
+        own = [getattr(block, field.name) for block in blocks]
+        if own[0].ndim == 1:
+            made[field.name] = torch.stack(own)
+            continue
+        lines, items = own[0].shape
+        wide = torch.full((lines, len(own), items + room), 77, dtype=own[0].dtype)
+        wide[..., :items] = torch.stack(own, 1)
+        made[field.name] = wide[..., :items].transpose(0, 1)
+    return Block(**made)
+
+
+@pytest.mark.parametrize("levels", [range(-8, 8), NF4], ids=["even", "table"])
+@pytest.mark.parametrize("operation", [round_block, round_block_reference])
+def test_matrices_together_are_each_by_itself(levels, operation):
+    blocks = [block_of((11, 45), levels, seed=seed) for seed in range(3)]
+    found = batch_of(blocks, room=2)
+    operation(found, levels)
+    for number, block in enumerate(blocks):
+        assert_same(Block(*(one[number] for one in tensors(found))), by_reference(block, levels))
+    between = torch.as_strided(found.codes, (11, 3, 2), (3 * 47, 47, 1), 45)
+    assert (between == 77).all()
+
+
+def test_no_matrices(isa):
+    block = Block(*(one[:0] for one in tensors(batch_of([block_of((5, 3))]))))
+    round_block(block, range(16))
+    round_block_reference(block, NF4)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_refuses_matrices_that_lie_upon_each_other(name):
+    block = batch_of([block_of((4, 8)), block_of((4, 8), seed=1)])
+    one = getattr(block, name)
+    for wrong in (one[:1].expand(2, -1, -1), torch.as_strided(one, one.shape, (7, *one.stride()[1:]))):
+        with pytest.raises(MixtoolsError, match=f"lines of {name} lie upon each other"):
+            round_block(dataclasses.replace(block, **{name: wrong}), range(16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda block: {"scales": block.scales[:1]}, "wrong scales"),
+        (lambda block: {"feedback": block.feedback[0]}, "wrong feedback"),
+        (lambda block: {"group_of": block.group_of[0]}, "wrong group_of"),
+        (lambda block: {"group_of": block.group_of + 3}, "names the groups 3 to 5, of 3"),
+        (lambda block: {"targets": block.targets[None]}, "a matrix of"),
+    ],
+)  # fmt: skip
+def test_refuses_matrices_of_which_something_is_missing(changes, message):
+    block = batch_of([block_of((40, 8)), block_of((40, 8), seed=1)])
+    with pytest.raises(MixtoolsError, match=message):
+        round_block(dataclasses.replace(block, **changes(block)), range(16))
+
+
 def test_no_rows(isa):
     block = block_of((5, 0))
     round_block(block, range(16))
@@ -236,7 +294,7 @@ def test_denormals_are_kept_where_a_process_flushes_them(isa):
 @pytest.mark.parametrize("levels", [range(-8, 8), NF4], ids=["even", "table"])
 def test_a_well_formed_operation(levels):
     table, low = (None, levels.start) if isinstance(levels, range) else (levels, 0)
-    for block in (block_of((9, 33), levels), block_of((1, 1), levels)):
+    for block in (block_of((9, 33), levels), block_of((1, 1), levels), batch_of([block_of((5, 6), levels)] * 2)):
         operation = torch.ops.mixtools.round_block.default
         torch.library.opcheck(operation, (*tensors(block), table, len(levels), low, 2))
 

@@ -12,6 +12,7 @@ twice for it, since the experts' inputs are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ...ops.feedback import MOST_COLUMNS
 from . import matrix, smoothing
 from .clock import Clock
 from .seen import TOKENS, Seen
-from .worker import ROWS_TRIED, Method, Stored, Worker, spread
+from .worker import ROWS_TRIED, Method, Stored, Tried, Worker, spread
 
 
 class LayerWork(Worker):
@@ -135,14 +136,12 @@ class LayerWork(Worker):
         blocks: list[Hessian] = [*inner.blocks]
         found = [self.factor(block) for block in blocks]
 
-        def lost(scale: Tensor) -> float:
-            return sum(
-                self.tried({slot: weights[at : at + len(block)]}, block, factor, scale[at : at + len(block)])
-                for at, block, factor in zip(inner.starts, blocks, found, strict=True)
-            )
-
+        tried = []
+        for at, block, factor in zip(inner.starts, blocks, found, strict=True):
+            part = slice(at, at + len(block))
+            tried.append(Tried(slot, weights[part], block, factor, part))
         with self.clock("smoothing"):
-            choice = smoothing.choose(magnitude, lost)
+            choice = smoothing.choose(magnitude, partial(self.tried, tried))
         return choice, None if choice.exponent else found
 
     # --- norms and router ---

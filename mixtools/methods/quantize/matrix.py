@@ -21,6 +21,7 @@ from .rounding import Rounded
 ROUNDINGS = ("nearest", "second-order")
 DAMPING = 0.05
 SWEEPS = 1
+NOT_FINITE = "comes out as NaN or Inf: its scales are beyond what the format can hold"
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ def quantize(
                 break
             made = rounding.sweep(weights, made, hessian, found.damping, scheme)
     if not bool(torch.isfinite(made.errors).all()):
-        raise SpectrumError("comes out as NaN or Inf: its scales are beyond what the format can hold")
+        raise SpectrumError(NOT_FINITE)
     return made

@@ -11,13 +11,14 @@ Weights lie [in, out] (grid.py). The error that counts is e H eᵀ of each row's
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...linalg.few import Few, Hessian, near
-from ...linalg.ldl import Factor, Panel
+from ...linalg.ldl import Factor
 from ...ops.feedback import MOST_COLUMNS, Block, round_block
 from .grid import Fitted, Grid, Scheme
 
@@ -26,15 +27,11 @@ BLOCK = 128  # columns whose errors are carried on one by one; those of a block 
 
 @dataclass(frozen=True)
 class Rounded:
-    """`codes` uint8 [in, out] on `grid`, and `errors` [in, out]: weight less value.
-
-    `lost`: Σ e (H + damping) eᵀ over the rows, where rounding tells it.
-    """
+    """`codes` uint8 [in, out] on `grid`, and `errors` [in, out]: weight less value."""
 
     grid: Grid
     codes: Tensor
     errors: Tensor
-    lost: float | None = None
 
 
 def nearest(weights: Tensor, grid: Grid) -> Rounded:
@@ -46,37 +43,125 @@ def nearest(weights: Tensor, grid: Grid) -> Rounded:
 def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
     """With each column's error carried on to those behind it."""
     ordered, groups = weights[found.order], grid.groups_of(found.order).int().cpu()
-    lost = torch.zeros((), dtype=torch.float64, device=weights.device)  # told at the end: nobody waits for a device
     made = Rounded(
         grid, torch.zeros(ordered.shape, dtype=torch.uint8, device=weights.device), torch.zeros_like(ordered)
     )
-    carried: Tensor | None = None  # of few inputs: what panels ask of those behind them, [k, out]
-    for panel in found.panels:
-        own = slice(panel.start, panel.start + len(panel.feedback))
-        local = Rounded(grid, made.codes[own], made.errors[own])
-        base = ordered[own]
-        if panel.inputs is not None and carried is not None:
-            base = torch.addmm(base, panel.inputs.T, carried)
-        lost = lost + _panel(local, panel, base, found.pivots[own], groups[own])
-        if panel.gain is not None:
-            carried = panel.gain @ local.errors if carried is None else carried.addmm_(panel.gain, local.errors)
-            local.errors.sub_(base).add_(ordered[own])  # of the weights, no more of what panels before made of them
+
+    def rounded(block: slice, targets: list[Tensor], bases: list[Tensor], feedback: list[Tensor]) -> None:
+        _round(made, block, groups[block], targets=targets[0], weights=bases[0], feedback=feedback[0])
+
+    _walk([found], [ordered], made.errors[:, None], rounded)
     back = torch.argsort(found.order)
-    return Rounded(grid, made.codes[back], made.errors[back], float(lost))
+    return Rounded(grid, made.codes[back], made.errors[back])
 
 
-def _panel(made: Rounded, panel: Panel, base: Tensor, pivots: Tensor, groups: Tensor) -> Tensor:
-    """Round columns `base` [b, out] of a panel, whose errors are those of `base`; the damped error that they add.
+@dataclass(frozen=True)
+class Trial:
+    """Rows of a matrix, `weights` [in, out], that are rounded with each of `scales` [tries, in] on its columns, to see
+    what comes of it.
 
-    `groups` int32 [b], on the CPU: of the grid, by column."""
-    lost = torch.zeros((), dtype=torch.float64, device=base.device)
-    for start in range(0, len(base), BLOCK):
-        block = slice(start, min(start + BLOCK, len(base)))
-        targets = torch.addmm(base[block], panel.feedback[:start, block].T, made.errors[:start])
-        _round(made, block, groups[block], targets=targets, weights=base, feedback=panel.feedback[block, block])
-        missed = targets.sub_(base[block]).add_(made.errors[block])  # each target less the value that it became
-        lost = lost + (missed.square_().sum(1) * pivots[block]).sum(dtype=torch.float64)
-    return lost
+    `found`: of the Hessian of inputs that are not scaled; `added`: what damping has put on its diagonal. `grids`: one
+    of the scaled weights for each try, all of the same levels and groups.
+    """
+
+    weights: Tensor
+    found: Factor
+    added: float
+    scales: Tensor
+    grids: Sequence[Grid]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What those of one scheme have in common that can be rounded together."""
+        starts = tuple(panel.start for panel in self.found.panels)
+        return self.weights.shape, self.scales.shape, self.grids[0].scale.shape, starts
+
+
+def lost(trials: Sequence[Trial]) -> Tensor:
+    """Σ e H eᵀ over the rows of each trial [trials, tries], float64, of second-order rounding of all of one kind at
+    once: a block of columns of them all is one launch on a GPU. NaN where an error is no finite number.
+
+    What is kept are errors of the weights as they are, e / scale of those that are rounded: to them one factor is
+    right for all tries.
+    """
+    each, out = len(trials[0].grids), trials[0].weights.shape[1]
+    found = [trial.found for trial in trials]
+    ordered = [trial.weights[trial.found.order] for trial in trials]
+    # [in, trials, tries]
+    scales = torch.stack([trial.scales[:, trial.found.order].T for trial in trials], 1)
+    pivots = torch.stack([one.pivots for one in found], 1)[..., None]
+    grids = [grid for trial in trials for grid in trial.grids]
+    steps, leasts = (torch.stack([getattr(grid, name) for grid in grids]) for name in ("scale", "min"))
+    groups = torch.stack([trial.grids[0].groups_of(trial.found.order).int() for trial in trials]).cpu()
+    groups = groups.repeat_interleave(each, 0)  # [trials * tries, in]
+    errors = torch.zeros(len(scales), len(trials), each * out, device=scales.device)
+    codes = torch.empty(len(grids), BLOCK, out, dtype=torch.uint8, device=scales.device)
+    total = torch.zeros(len(trials), each, dtype=torch.float64, device=scales.device)
+
+    def rounded(block: slice, targets: list[Tensor], bases: list[Tensor], feedback: list[Tensor]) -> None:
+        scale = scales[block, ..., None]  # [columns, trials, tries, 1]
+        shape = (*scale.shape[:3], out)
+        wanted, weights = (torch.stack(part, 1).view(shape).mul_(scale) for part in (targets, bases))
+        own, by_column = torch.zeros_like(wanted), scale.movedim(0, -1).contiguous()  # [trials, tries, 1, columns]
+        fed = (torch.stack(feedback)[:, None] * by_column).div_(by_column.mT)
+        first, second, third = (one.flatten(1, 2).transpose(0, 1) for one in (wanted, weights, own))
+        given = Block(
+            first, second, third, codes[:, : len(scale)], steps, leasts, groups[:, block], fed.flatten(0, 1)
+        )  # fmt: skip
+        round_block(given, grids[0].choices, threads=torch.get_num_threads())
+        missed = wanted.sub_(weights).add_(own).div_(scale)  # each target less the value that it became
+        errors[block] = own.div_(scale).flatten(2)
+        total.add_((missed.square_().sum(-1) * pivots[block]).sum(0, dtype=torch.float64))
+
+    _walk(found, ordered, errors, rounded)
+    added = torch.tensor([trial.added for trial in trials], dtype=torch.float64, device=scales.device)
+    squares = errors.square_().view(*errors.shape[:2], each, out).sum((0, 3), dtype=torch.float64)
+    return total - added[:, None] * squares
+
+
+def _walk(
+    found: Sequence[Factor], ordered: Sequence[Tensor], errors: Tensor,
+    rounded: Callable[[slice, list[Tensor], list[Tensor], list[Tensor]], None],
+) -> None:  # fmt: skip
+    """Go over the columns of several matrices in their orders, block by block, all in step.
+
+    `ordered` [in, out] of each, its rows maybe several times beside each other in `errors` [in, matrices, times * out].
+    `rounded` takes, of each, a block's targets and weights [b, times * out] and the feedback within it [b, b]; it sets
+    `errors` of the block: weight less value.
+    """
+    width = errors.shape[2]
+    carried: list[Tensor | None] = [None] * len(found)  # of few inputs: what panels ask of those behind, [k, width]
+    for panels in zip(*(one.panels for one in found), strict=True):
+        start, size = panels[0].start, len(panels[0].feedback)
+        inside = [errors[start : start + size, number] for number in range(len(found))]
+        bases = [lines[start : start + size] for lines in ordered]
+        for number, (panel, asked) in enumerate(zip(panels, carried, strict=True)):
+            if panel.inputs is not None and asked is not None:
+                bases[number] = torch.addmm(_wide(bases[number], width), panel.inputs.T, asked)
+        for at in range(0, size, BLOCK):
+            block = slice(at, min(at + BLOCK, size))
+            weights = [_wide(base[block], width) for base in bases]
+            targets = [
+                torch.addmm(one, panel.feedback[:at, block].T, before[:at])
+                for one, panel, before in zip(weights, panels, inside, strict=True)
+            ]
+            where = slice(start + at, start + block.stop)
+            rounded(where, targets, weights, [panel.feedback[block, block] for panel in panels])
+        for number, (panel, asked) in enumerate(zip(panels, carried, strict=True)):
+            own = inside[number]
+            if panel.gain is None:
+                continue
+            if asked is None:
+                carried[number] = panel.gain @ own
+                continue
+            asked.addmm_(panel.gain, own)
+            # of the weights, no more of what panels before made of them
+            own.sub_(bases[number]).add_(_wide(ordered[number][start : start + size], width))
+
+
+def _wide(lines: Tensor, width: int) -> Tensor:
+    """Lines so wide, their items as often beside each other as it takes."""
+    return lines if lines.shape[1] == width else lines.repeat(1, width // lines.shape[1])
 
 
 def sweep(weights: Tensor, rounded: Rounded, hessian: Hessian, damping: float, scheme: Scheme) -> Rounded:
@@ -103,7 +188,7 @@ def sweep(weights: Tensor, rounded: Rounded, hessian: Hessian, damping: float, s
         targets = weights[block] + slope / power[block, None] - made.errors[block]
         beside.diagonal().zero_()
         groups = made.grid.groups_of(torch.arange(start, block.stop)).int()
-        _round(made, block, groups, targets=targets, weights=weights, feedback=beside / power[block])
+        _round(made, block, groups, targets=targets, weights=weights[block], feedback=beside / power[block])
         slopes.changed(block)
     return made
 
@@ -166,9 +251,7 @@ def _refit(fitted: Fitted, errors: Tensor, slope: Tensor, near: Tensor, inside: 
 def _round(
     made: Rounded, block: slice, groups: Tensor, *, targets: Tensor, weights: Tensor, feedback: Tensor
 ) -> None:  # fmt: skip
-    """A block of lines, whose columns are of these groups; its codes and errors are changed."""
+    """A block of lines, of these groups, targets and weights [b, out]; its codes and errors are changed."""
     grid = made.grid
-    given = Block(
-        targets, weights[block], made.errors[block], made.codes[block], grid.scale, grid.min, groups, feedback
-    )
+    given = Block(targets, weights, made.errors[block], made.codes[block], grid.scale, grid.min, groups, feedback)
     round_block(given, grid.choices, threads=torch.get_num_threads())

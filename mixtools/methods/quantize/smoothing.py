@@ -57,11 +57,16 @@ def on_norm(norm: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def choose(
-    magnitude: Tensor, error: Callable[[Tensor], float], exponents: Sequence[float] = EXPONENTS, margin: float = MARGIN
-) -> Choice:
-    """The exponent with the least error(scale); 0 unless another saves more than `margin` of its error."""
-    errors = {exponent: error(scale_of(magnitude, exponent)) for exponent in exponents}
+    magnitude: Tensor, errors_of: Callable[[Tensor], Sequence[float]], exponents: Sequence[float] = EXPONENTS,
+    margin: float = MARGIN,
+) -> Choice:  # fmt: skip
+    """The exponent whose scale has the least error; 0 unless another saves more than `margin` of its error.
+
+    `errors_of`: of scales [exponents, in], each one's.
+    """
+    scales = torch.stack([scale_of(magnitude, exponent) for exponent in exponents])
+    errors = dict(zip(exponents, errors_of(scales), strict=True))
     best = min(errors, key=errors.__getitem__)
     if errors[best] >= (1 - margin) * errors[0.0]:
         best = 0.0
-    return Choice(best, scale_of(magnitude, best), errors)
+    return Choice(best, scales[exponents.index(best)], errors)

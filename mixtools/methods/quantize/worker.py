@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...errors import MixtoolsError, TensorError
+from ...errors import MixtoolsError, SpectrumError, TensorError
 from ...formats import Packed, Plain
 from ...inference.hessian import Gram
 from ...linalg.few import Hessian, energy
-from ...linalg.ldl import Factor, rescaled
+from ...linalg.ldl import Factor
 from ...names import Slot
 from ...storage.dtypes import DType
-from . import matrix, smoothing
+from . import matrix, rounding, smoothing
 from .clock import Clock
 from .grid import Grid, Scheme
 from .matrix import Options
-from .rounding import Rounded
+from .rounding import Rounded, Trial
 
 ROWS_TRIED = 512  # of a matrix, spread evenly, by which smoothing is chosen
 ROWS_TOLD = 128  # by which the report's errors are told
+_TOGETHER = 1 << 30  # bytes of errors that are kept at once, where matrices are tried together
 _COLUMNS = 1024  # whose values are made at a time: they are of 32 bits
 
 Row = dict[str, Any]
@@ -42,6 +46,16 @@ class Method:
     options: Options = field(default_factory=Options)
     smooth: bool = True
     sequential: bool = True
+
+
+class Tried(NamedTuple):
+    """A matrix [in, out], or a run of its columns, by which smoothing is chosen; `columns` of what is smoothed."""
+
+    slot: Slot
+    weights: Tensor
+    hessian: Hessian
+    found: Factor | None
+    columns: slice = slice(None)
 
 
 class Worker:
@@ -64,13 +78,12 @@ class Worker:
         norm, dtype = self.read(slot), self.method.stored(slot)
         choice = smoothing.Choice(0.0, torch.ones_like(norm), {})
         if self.method.smooth and inputs.tokens:
-            heard = [(weights, gram, self.factor(gram.blocks[0])) for weights, gram in readers if gram.tokens]
-
-            def lost(scale: Tensor) -> float:
-                return sum(self.tried(weights, gram.blocks[0], found, scale) for weights, gram, found in heard)
-
+            heard = []
+            for weights, gram in readers:
+                found = self.factor(gram.blocks[0]) if gram.tokens else None
+                heard += [Tried(slot, one, gram.blocks[0], found) for slot, one in weights.items() if gram.tokens]
             with self.clock("smoothing"):
-                choice = smoothing.choose(inputs.magnitude / inputs.tokens, lost)
+                choice = smoothing.choose(inputs.magnitude / inputs.tokens, partial(self.tried, heard))
         stored, scale = smoothing.on_norm(norm, choice.scale, dtype.torch())
         if not bool(torch.isfinite(stored).all()):
             raise TensorError(f"does not fit {dtype.value}", tensor=slot)
@@ -80,30 +93,40 @@ class Worker:
         self.keep(slot, stored)
         return (slot, Packed(Plain(dtype), (stored.cpu(),))), scale
 
-    def tried(
-        self, tried: Mapping[Slot, Tensor], hessian: Hessian, found: Factor | None, scale: Tensor
-    ) -> float:  # fmt: skip
-        """The energy of the outputs' error of some rows of matrices, at inputs divided by `scale`.
+    def tried(self, tried: Sequence[Tried], scales: Tensor) -> list[float]:
+        """The energy of the outputs' error of some rows of matrices, at inputs divided by each of `scales`
+        [tries, in].
 
-        With the order and the damping of the Hessian as it is (`found`): then no candidate needs a factor of its own.
+        With the order and the damping of a Hessian as it is (`found`): then no try needs a factor of its own. What is
+        alike is rounded together where there is a card.
         """
-        power, whole, damped = hessian.diagonal() / scale.square(), None, 0.0
-        if found is None:
-            whole = matrix.scaled(hessian, scale)
-        else:
-            damped = found.damping * float(hessian.diagonal().mean(dtype=torch.float64))
-            found = rescaled(found, 1 / scale)
-        total = 0.0
-        for slot, weights in tried.items():
-            few = spread(weights, ROWS_TRIED) * scale[:, None]
-            with _of(slot):
-                made = matrix.quantize(few, power, self.method.scheme(slot), self.method.options, found, hessian=whole)
-            errors = made.errors / scale[:, None]
-            if made.lost is None:
-                total += energy(hessian, errors)
-            else:  # what rounding knows of the damped error, less the damping's part
-                total += made.lost - damped * float(errors.square_().sum(dtype=torch.float64))
+        total = [0.0] * len(scales)
+        trials = []
+        for one in tried:
+            own, weights = scales[:, one.columns], spread(one.weights, ROWS_TRIED)
+            with _of(one.slot):
+                if one.found is None:
+                    errors = [self._nearest(one, weights, scale) for scale in own]
+                    total = [before + error for before, error in zip(total, errors, strict=True)]
+                    continue
+                scheme, power = self.method.scheme(one.slot), one.hessian.diagonal()
+                grids = [scheme.grid(weights * scale[:, None], power / scale.square()) for scale in own]
+            added = one.found.damping * float(power.mean(dtype=torch.float64))
+            trials.append((one.slot, Trial(weights, one.found, added, own, grids)))
+        for _, alike in itertools.groupby(trials, lambda one: (self.method.scheme(one[0]), one[1].kind)):
+            for batch in _batches([*alike]):
+                lost = rounding.lost([trial for _, trial in batch]).tolist()
+                for (slot, _), errors in zip(batch, lost, strict=True):
+                    if not all(map(math.isfinite, errors)):
+                        raise SpectrumError(matrix.NOT_FINITE, tensor=slot)
+                    total = [before + error for before, error in zip(total, errors, strict=True)]
         return total
+
+    def _nearest(self, one: Tried, weights: Tensor, scale: Tensor) -> float:
+        whole, power = matrix.scaled(one.hessian, scale), one.hessian.diagonal() / scale.square()
+        scheme, options = self.method.scheme(one.slot), self.method.options
+        made = matrix.quantize(weights * scale[:, None], power, scheme, options, None, hessian=whole)
+        return energy(one.hessian, made.errors / scale[:, None])
 
     def round(self, slot: Slot, weights: Tensor, hessian: Hessian, found: Factor | None) -> tuple[Rounded, Row]:
         """A matrix [in, out], or a run of its columns, and what the report says of it. Raises as matrix.quantize."""
@@ -138,6 +161,14 @@ class Worker:
         """[in, out], or of so many rows of the matrix, spread evenly."""
         found = self.read(slot).T
         return spread(found, rows) if rows else found.contiguous()
+
+
+def _batches(trials: list[tuple[Slot, Trial]]) -> Iterator[list[tuple[Slot, Trial]]]:
+    """One by one on a CPU; on a card as many as memory is meant for."""
+    _, first = trials[0]
+    each = first.weights.numel() * len(first.scales) * 4
+    most = 1 if first.weights.device.type == "cpu" else max(1, _TOGETHER // each)
+    yield from (trials[at : at + most] for at in range(0, len(trials), most))
 
 
 @contextmanager

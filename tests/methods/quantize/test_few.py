@@ -11,7 +11,7 @@ from mixtools.formats import Gptq
 from mixtools.inference.hessian import Gram, Rows
 from mixtools.linalg import ldl
 from mixtools.linalg.few import Few, energy, near
-from mixtools.linalg.ldl import factor, rescaled
+from mixtools.linalg.ldl import factor
 from mixtools.methods.quantize import matrix, rounding
 from mixtools.methods.quantize.grid import Groups, Scheme
 from mixtools.methods.quantize.grid_ggml import Blocks
@@ -47,17 +47,13 @@ def test_it_is_the_hessian() -> None:
 
 
 @pytest.mark.parametrize("panel", [32, 100, 512, 4096])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_the_factor_asks_the_same_of_columns(panel: int, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_factor_asks_the_same_of_columns(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, for errors of any size: a target is what the whole matrix U says."""
     monkeypatch.setattr(ldl, "PANEL", panel)
     _, x = data(1)
     x, generator = x.double(), torch.Generator().manual_seed(2)
     order = torch.randperm(WIDE, generator=generator)
     one, few = factor(x.T @ x, 0.05, order), factor(Few(x), 0.05, order)
-    if scaled:
-        scale = torch.rand(WIDE, generator=generator, dtype=torch.float64) + 0.5
-        one, few = rescaled(one, scale), rescaled(few, scale)
     assert len(few.panels) == -(-WIDE // panel)
     torch.testing.assert_close(few.pivots, one.pivots, rtol=1e-8, atol=0)
     missed = torch.randn(WIDE, 3, generator=generator, dtype=torch.float64)
@@ -87,12 +83,6 @@ def test_codes_and_error_are_the_same(scheme: Scheme, panel: int, monkeypatch: p
         assert float((one.codes == other.codes).float().mean()) > 0.995
         assert energy(whole, other.errors) == pytest.approx(energy(whole, one.errors), rel=1e-2)
         torch.testing.assert_close(weights - other.errors, other.grid.values(other.codes))
-        if not options.sweeps:
-            assert other.lost == pytest.approx(one.lost, rel=1e-2)
-            damped = energy(whole, other.errors) + 0.05 * float(whole.diagonal().mean()) * float(
-                other.errors.square().sum()
-            )
-            assert other.lost == pytest.approx(damped, rel=1e-3)
 
 
 def test_a_sweep_over_few_inputs_never_loses() -> None:

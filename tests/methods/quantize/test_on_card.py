@@ -111,6 +111,35 @@ def test_no_block_of_columns_waits_for_the_card(scheme: str, few: bool, monkeypa
     assert waits[0] == waits[1] < 30, card.waits
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("together", [1, 1 << 30])
+def test_tries_of_all_matrices_are_one_launch(scheme: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card, as long as memory is meant for them; what comes of it is what each by itself gives on a CPU."""
+    monkeypatch.setattr(worker, "_TOGETHER", together)
+    plain, launches = rounding.round_block, []
+    monkeypatch.setattr(rounding, "round_block", lambda *args, **how: launches.append(args[0]) or plain(*args, **how))
+    generator = torch.Generator().manual_seed(0)
+    method = Method(lambda _: SCHEMES[scheme](), lambda _: DType.BF16, Options(), True)
+    matrices = [(torch.randn(256, 24, generator=generator), torch.randn(300, 256, generator=generator)) for _ in "abc"]
+    scales = torch.stack([torch.ones(256), torch.logspace(-1, 1, 256)])
+
+    def lost(device: str) -> list[float]:
+        work, tried = worker.Worker(method, lambda _: torch.ones(1), lambda *_: None, Clock()), []
+        for number, (weights, x) in enumerate(matrices):
+            moved = x.to(device)
+            hessian = moved.T @ moved
+            found = matrix.prepared(hessian, method.options)
+            tried.append(worker.Tried(Slot(Role.UP, 0, number), weights.to(device), hessian, found))
+        return work.tried(tried, scales.to(device))
+
+    expected = lost("cpu")
+    assert [len(block.targets) for block in launches] == [2] * 6  # blocks of 128 columns, each matrix by itself
+    launches.clear()
+    with Card():
+        assert lost("cuda") == expected
+    assert [len(block.targets) for block in launches] == ([2] * 6 if together == 1 else [6] * 2)
+
+
 def test_observers_sum_on_the_card() -> None:
     reader = random_reader(CONFIG, 3)
     inputs = torch.randn(1500, 256, generator=torch.Generator().manual_seed(1))

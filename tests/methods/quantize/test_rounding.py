@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtools.formats import Awq, Gptq, Int8, Nf4, PackedInts
-from mixtools.linalg.few import energy
+from mixtools.linalg import ldl
+from mixtools.linalg.few import Few, Hessian, energy, near
 from mixtools.linalg.ldl import factor
 from mixtools.methods.quantize import matrix, rounding
 from mixtools.methods.quantize.grid import Groups, Scheme
@@ -120,13 +121,45 @@ def test_order_and_groups_keep_their_places() -> None:
         torch.testing.assert_close(weights[part] - found.errors[part], values, rtol=0, atol=1e-7)
 
 
-def test_rounding_knows_what_it_lost() -> None:
+@pytest.mark.parametrize("scheme", [Groups(Awq(64)), AbsMax(Nf4()), Blocks(DType.Q4_K)], ids=name)
+@pytest.mark.parametrize("few", [False, True], ids=["whole", "few"])
+def test_trials_lose_what_rounding_them_would(scheme: Scheme, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, each matrix with an order, feedback and scales of its own; more columns than one block or panel."""
+    monkeypatch.setattr(ldl, "PANEL", 192)
+    trials, expected = [], []
+    for seed in range(3):
+        weights, hessian = data(seed, rows=24)
+        read: Hessian = Few(torch.randn(40, WIDE, generator=torch.Generator().manual_seed(seed))) if few else hessian
+        found = factor(read, 0.05)
+        assert len(found.panels) == (2 if few else 1)
+        added = 0.05 * float(read.diagonal().double().mean())
+        scales = torch.stack([torch.ones(WIDE), torch.logspace(-1, 1, WIDE), torch.logspace(1, -0.5, WIDE)])
+        grids = [scheme.grid(weights * scale[:, None], read.diagonal() / scale.square()) for scale in scales]
+        trials.append(rounding.Trial(weights, found, added, scales, grids))
+        whole = near(read, slice(None)).double()
+        for scale, grid in zip(scales.double(), grids, strict=True):
+            damped = (whole + added * torch.eye(WIDE)) / scale[:, None] / scale
+            own = rounding.second_order(
+                (weights * scale[:, None]).float(), grid, factor(damped.float(), 0.0, found.order)
+            )
+            errors = own.errors.double() / scale[:, None]
+            expected.append(float((errors * (whole @ errors)).sum()))
+    lost = rounding.lost(trials)
+    assert lost.flatten().tolist() == pytest.approx(expected, rel=3e-3)
+    assert not float(lost.std(1).min()) < 1e-3 * float(lost.mean())  # what is tried differs
+    for number, trial in enumerate(trials):  # whoever is beside it
+        assert torch.equal(rounding.lost([trial]), lost[number : number + 1])
+
+
+def test_a_trial_whose_errors_are_no_numbers_says_so() -> None:
     weights, hessian = data(7)
     scheme, found = Groups(Awq(64)), factor(hessian, 0.05)
-    rounded = rounding.second_order(weights, scheme.grid(weights, hessian.diagonal()), found)
-    damped = hessian.double() + 0.05 * float(hessian.diagonal().double().mean()) * torch.eye(WIDE)
-    expected = float((damped @ rounded.errors.double() * rounded.errors.double()).sum())
-    assert rounded.lost == pytest.approx(expected, rel=1e-4)
+    trials = []
+    for value in (1.0, float("nan"), float("inf")):
+        grid, other = scheme.grid(weights, hessian.diagonal()), weights.clone()
+        other[3, 5] *= value
+        trials.append(rounding.Trial(other, found, 0.1, torch.ones(1, WIDE), [grid]))
+    assert rounding.lost(trials).isnan().flatten().tolist() == [False, True, True]
 
 
 # --- grids ---

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from card import Card
 from torch import Tensor
 
 from mixtools.config import MixtralConfig
@@ -16,14 +17,16 @@ from mixtools.formats import Gptq, Packed, Plain
 from mixtools.inference.hessian import Gram
 from mixtools.inference.stream import Stream
 from mixtools.layouts.memory import MemoryReader, random_reader
-from mixtools.linalg.ldl import rescaled
+from mixtools.linalg import ldl
+from mixtools.linalg.few import Few
+from mixtools.linalg.ldl import factor
 from mixtools.methods.quantize import matrix, smoothing
 from mixtools.methods.quantize.clock import Clock
 from mixtools.methods.quantize.grid import Groups
 from mixtools.methods.quantize.layer import LayerWork
 from mixtools.methods.quantize.matrix import Options
 from mixtools.methods.quantize.rounding import Rounded
-from mixtools.methods.quantize.worker import Method, Stored, Worker
+from mixtools.methods.quantize.worker import Method, Stored, Tried, Worker
 from mixtools.names import Role, Slot
 from mixtools.storage.dtypes import DType
 
@@ -149,12 +152,13 @@ def test_off() -> None:
 def test_the_margin_is_for_leaving_it_out() -> None:
     magnitude = torch.tensor([1.0, 4.0])
 
-    def error(scale: Tensor) -> float:
-        return 0.981 if bool((scale != 1).any()) else 1.0
+    def errors(scales: Tensor) -> list[float]:
+        return [0.981 if bool((scale != 1).any()) else 1.0 for scale in scales]
 
-    assert smoothing.choose(magnitude, error).exponent == 0
-    assert smoothing.choose(magnitude, error, margin=0.01).exponent == 0.25
-    assert smoothing.choose(magnitude, error).errors[0.25] == 0.981
+    assert smoothing.choose(magnitude, errors).exponent == 0
+    chosen = smoothing.choose(magnitude, errors, margin=0.01)
+    assert chosen.exponent == 0.25 and torch.equal(chosen.scale, smoothing.scale_of(magnitude, 0.25))
+    assert smoothing.choose(magnitude, errors).errors[0.25] == 0.981
 
 
 def test_scales() -> None:
@@ -221,21 +225,58 @@ def test_the_layers_live_weights_are_a_readers() -> None:
     torch.testing.assert_close(plain, after(reader), rtol=0, atol=0)
 
 
+def test_runs_of_columns_have_scales_of_their_own() -> None:
+    """w2's Hessian in blocks along its diagonal: outlying channels 5 and 50 lie in different ones."""
+    work, _, _ = run(outlying(), LayerWork, options=Options(block=32))
+    assert all(work.rows[Slot(Role.DOWN, 0, expert)]["exponent"] > 0 for expert in range(4))
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
-def test_a_candidate_costs_what_it_loses_at_the_output(rounding: str) -> None:
-    """Undamped, and of the outputs as they are, whatever the inputs are divided by."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_candidate_costs_what_it_loses_at_the_output(
+    rounding: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Undamped, and of the outputs as they are, whatever the inputs are divided by; of unlike matrices together, one of
+    them a run of columns."""
+    monkeypatch.setattr(ldl, "PANEL", 48)
     generator = torch.Generator().manual_seed(0)
-    weights, x = torch.randn(64, 40, generator=generator), torch.randn(300, 64, generator=generator)
-    x *= torch.logspace(-1.5, 1.5, 64)
-    hessian, scale, slot = x.T @ x, torch.logspace(-1, 1, 64), Slot(Role.Q, 0)
-    scheme, options = Groups(Gptq(4, 32), 1), Options(rounding, damping=0.3)
-    work = Worker(Method(lambda _: scheme, lambda _: DType.F32, options), lambda _: weights, lambda *_: None, Clock())
-    found = matrix.prepared(hessian, options)
-    told = work.tried({slot: weights}, hessian, found, scale)
-    smoothed = hessian / scale[:, None] / scale
-    factor = None if found is None else rescaled(found, 1 / scale)
-    made = matrix.quantize(weights * scale[:, None], smoothed.diagonal(), scheme, options, factor, hessian=None)
-    if found is None:
-        made = matrix.quantize(weights * scale[:, None], smoothed.diagonal(), scheme, options, None, hessian=smoothed)
-    outputs = x.double() @ (made.errors / scale[:, None]).double()
-    assert told == pytest.approx(float(outputs.square().sum()), rel=1e-3)
+    options = Options(rounding, damping=0.3)
+    schemes = {Role.Q: Groups(Gptq(4, 32), 1), Role.K: Groups(Gptq(4, 32), 1), Role.V: Groups(Gptq(3, 32), 1)}
+    method = Method(lambda slot: schemes.get(slot.role, schemes[Role.Q]), lambda _: DType.F32, options)
+    work = Worker(method, lambda _: torch.ones(1), lambda *_: None, Clock())
+    scales = torch.stack([torch.ones(96), torch.logspace(-1, 1, 96), torch.logspace(1, -0.5, 96)])
+    tried, expected = [], torch.zeros(3, dtype=torch.float64)
+    read_by = ((Role.Q, 0, 64, 300), (Role.K, 0, 64, 20), (Role.V, 0, 64, 20), (Role.O, 64, 96, 300))
+    for role, first, last, tokens in read_by:
+        columns, width, slot = slice(first, last), last - first, Slot(role, 0)
+        one, x = torch.randn(width, 40, generator=generator), torch.randn(tokens, width, generator=generator)
+        x *= torch.logspace(-1.5, 1.5, width)
+        hessian = x.T @ x
+        few = rounding != "nearest" and tokens < width
+        read = Few(x) if few else hessian
+        found = matrix.prepared(read, options)
+        tried.append(Tried(slot, one, read, found, columns))
+        for number, scale in enumerate(scales[:, columns]):
+            smoothed = hessian / scale[:, None] / scale
+            if found is not None:  # the same order, and damping that is scaled along
+                added = 0.3 * hessian.diagonal().mean() / scale.square()
+                found = factor(smoothed + added.diag(), 0.0, found.order)
+            whole = smoothed if found is None else None
+            made = matrix.quantize(
+                one * scale[:, None], smoothed.diagonal(), method.scheme(slot), options, found, hessian=whole
+            )
+            outputs = x.double() @ (made.errors / scale[:, None]).double()
+            expected[number] += outputs.square().sum()
+    if device == "cpu":
+        assert work.tried(tried, scales) == pytest.approx(expected.tolist(), rel=2e-3)
+        return
+    with Card():
+        there = [
+            one._replace(
+                weights=one.weights.to(device),
+                hessian=Few(one.hessian.rows.to(device)) if isinstance(one.hessian, Few) else one.hessian.to(device),
+            )
+            for one in tried
+        ]
+        there = [one._replace(found=matrix.prepared(one.hessian, options)) for one in there]
+        assert work.tried(there, scales.to(device)) == pytest.approx(expected.tolist(), rel=2e-3)
