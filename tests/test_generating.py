@@ -14,10 +14,12 @@ import finetunes
 import pytest
 import torch
 from calling import called
+from mixtral_oracle import DATA
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixtools
+from mixtools import machine
 from mixtools.api.generating import talker
 from mixtools.errors import TokenizerError, UsageError
 
@@ -202,6 +204,23 @@ def test_a_padding_row_that_is_chosen_has_no_spelling(folder: Path, tmp_path: Pa
 def test_options_that_do_not_go_together_are_refused_before_a_model_is_read(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         mixtools.generate("no/such/folder", "Hello", **options)
+
+
+def test_a_gguf_larger_than_memory_is_read_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And told of; a limit that was asked for is kept."""
+    mixtools.quantize(DATA / "nano-mixtral", tmp_path, type="Q8_0", name="nano")
+    common = tmp_path / "nano.Q8_0.gguf", "--prompt", "The following", "--max-new-tokens", 6
+    expected = called("generate", *common)
+    assert expected.returncode == 0 and "speed of the disk" not in expected.stderr
+    monkeypatch.setattr(machine, "available_memory", lambda: 2_000_000)
+    found = called("generate", *common)
+    assert (found.returncode, found.stdout) == (0, expected.stdout)
+    assert "and 2.00 MB of memory are free" in found.stderr and "at the speed of the disk" in found.stderr
+    monkeypatch.setattr(machine, "peak_memory", lambda: 100_000_000)
+    found = called("generate", *common, "--max-memory", "110MB")
+    assert (found.returncode, found.stdout) == (0, expected.stdout) and "speed of the disk" not in found.stderr
+    found = called("generate", *common, "--max-memory", "102MB")
+    assert found.returncode == 5 and "exceeds the memory allowed" in found.stderr
 
 
 def test_the_command(folder: Path) -> None:

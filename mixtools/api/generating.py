@@ -182,7 +182,7 @@ def talker(
     from ..conversion import compute_dtype
     from ..hub.opening import open_model
     from ..inference.generate import Options
-    from ..inference.loading import load, widened
+    from ..inference.loading import load, paged, widened
     from ..ops.gpu import able
     from ..text.tokenizer import Tokenizer
     from .measuring import with_experts
@@ -195,11 +195,11 @@ def talker(
     ends = (*tokenizer.end_ids, *(tokenizer.special[text] for text in stops if text in tokenizer.special))
     how = Options(**options, stop=ends)
     where = find_device(device)
-    if limit is None:
-        limit = memory_for(where, None)
+    room, beyond = memory_for(where, limit), limit is None  # a limit that was asked for is kept
     kind = compute_dtype(dtype) or checkpoint.main_dtype().torch()
-    loaded = load(checkpoint, where, kind, max_memory=limit, progress=watched(progress))
+    loaded = load(checkpoint, where, kind, max_memory=room, beyond=beyond, progress=watched(progress))
     checkpoint.finish()
     wide = able.remark(where) or widened(checkpoint, loaded)
-    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted, wide) if told)
+    slow = paged(checkpoint, loaded, room)
+    notes = tuple(told for told in (*checkpoint.remarks, remark, rerouted, wide, slow) if told)
     return Talker(loaded, tokenizer, how, notes, stops, parse_special)

@@ -1,5 +1,5 @@
 """A matrix in blocks, as a GGUF stores it or made of GPTQ's, AWQ's or bitsandbytes' parts (repacked.py): it takes about
-its size on disk in memory, and a product reads no more.
+its size on disk in memory, or lies in its file, and a product reads no more.
 
     few rows of x ─► each row of blocks decoded in registers and multiplied with all of them (ops/multiply.py)
     many          ─► a run of rows decoded into scratch that stays in the cache, then torch's own product
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..formats import Format, Ggml, Packed
-from ..layouts.reader import Reader
+from ..layouts.reader import Mapped, Reader
 from ..names import Slot
 from ..ops import decode, multiply  # and not as torch's operations, whose first call takes a second
 from ..ops.cpu import NATIVE
@@ -105,7 +105,11 @@ class Storing(Reader, Protocol):
 
     def format(self, slot: Slot) -> Format: ...
 
-    def packed(self, slot: Slot) -> Packed: ...
+    def maps(self, slot: Slot) -> bool:
+        """Whether it can stay in its file."""
+        ...
+
+    def packed(self, slot: Slot, mapped: Mapped = Mapped.NOT) -> Packed: ...
 
 
 def type_of(reader: object, slot: Slot) -> Type | None:
@@ -118,12 +122,17 @@ def type_of(reader: object, slot: Slot) -> Type | None:
     return repacked.kind_of(found, reader.spec(slot).shape)
 
 
-def read(reader: object, slot: Slot) -> Blocks | None:
+def stays_in_file(reader: object, slot: Slot) -> bool:
+    """Whether a product takes a matrix from where its file lies in memory."""
+    return type_of(reader, slot) is not None and isinstance(reader, Storing) and reader.maps(slot)
+
+
+def read(reader: object, slot: Slot, mapped: Mapped = Mapped.NOT) -> Blocks | None:
     """None where a matrix has no blocks, or its parts turn out not to fit them. Raises what reading raises."""
     if (type := type_of(reader, slot)) is None or not isinstance(reader, Storing):
         return None
     try:
-        packed = reader.packed(slot)
+        packed = reader.packed(slot, mapped)
     except LayoutError:
         return None
     if not isinstance(type, Kind):

@@ -10,7 +10,7 @@ import torch
 
 from ..config import MixtralConfig
 from ..errors import MemoryBudgetError
-from ..layouts.reader import Reader
+from ..layouts.reader import Mapped, Reader
 from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from . import blocks, host, products
@@ -40,16 +40,22 @@ def layer_bytes(config: MixtralConfig, itemsize: int) -> int:
     return sum(math.prod(config.shape(slot.role)) for slot in layer_slots(0, config.num_experts)) * itemsize
 
 
-def check(reader: Reader, itemsize: int, max_memory: int | None, *, packed: bool = False) -> None:
+def check(
+    reader: Reader, itemsize: int, max_memory: int | None, *, packed: bool = False, beyond: bool = False
+) -> Mapped:
     """Raise MemoryBudgetError if the model, `itemsize` bytes a weight, and one stored tensor exceed `max_memory`.
 
-    `packed`: matrices stay in their blocks. The error tells what would fit: 16 bits, or one layer at a time.
+    `packed`: matrices stay in their blocks, and some of these in their file: the result tells how those are to be had.
+    With `beyond` they may exceed `max_memory`. The error tells what would fit: 16 bits, or one layer at a time.
     """
     config = reader.config
-    largest = max(stored_bytes(reader, slot) for slot in config.slots())
+    staying = {slot for slot in config.slots() if packed and blocks.stays_in_file(reader, slot)}
+    largest = max(stored_bytes(reader, slot) for slot in config.slots() if slot not in staying)
     need = held_bytes(reader, config.slots(), itemsize, packed) + largest
     if max_memory is None or need <= max_memory:
-        return
+        return Mapped.NOW if staying else Mapped.NOT
+    if beyond and need - held_bytes(reader, staying, itemsize, packed) <= max_memory:
+        return Mapped.LATER
     halved = held_bytes(reader, config.slots(), HALF, packed) + largest
     layer = layer_bytes(config, itemsize) + largest
     if halved <= max_memory:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formats import Quantized
-from ..layouts.reader import Reader
+from ..layouts.reader import Mapped, Reader
+from ..machine import human_bytes
 from ..names import Role, Slot, layer_slots
 from ..ops.gpu import able
 from ..progress import Progress
@@ -21,26 +22,29 @@ from .watching import watched
 
 def load(
     reader: Reader, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, *, rounded: bool = False,
-    max_memory: int | None = None, progress: Progress | None = None,
+    max_memory: int | None = None, beyond: bool = False, progress: Progress | None = None,
 ) -> Mixtral:  # fmt: skip
-    """As Mixtral.load; in planes on a GPU with kernels.
+    """As Mixtral.load; in planes on a GPU with kernels, which `beyond` says nothing of.
 
     `rounded`: weights are those of `dtype`, as a stream has them, not the formats' own where these have more digits.
     """
     where = torch.device(device)
     if able.problem(where) is None:
         return PlanesMixtral.read(reader, where, dtype, rounded=rounded, max_memory=max_memory, progress=progress)
-    return Mixtral.load(reader, where, dtype, packed=not rounded, max_memory=max_memory, progress=progress)
+    return Mixtral.load(
+        reader, where, dtype, packed=not rounded, max_memory=max_memory, beyond=beyond, progress=progress
+    )
 
 
 def check(reader: Reader, device: torch.device, dtype: torch.dtype, max_memory: int | None, *, rounded: bool) -> None:
     """Raises MemoryBudgetError if what `load` would hold exceeds `max_memory`."""
     if able.problem(device) is not None:
         packed = not rounded and device.type == "cpu"
-        return budget.check(reader, dtype.itemsize, max_memory, packed=packed)
+        budget.check(reader, dtype.itemsize, max_memory, packed=packed)
+        return
     size = dtype.itemsize
     held = planes.held_bytes(reader, reader.config.slots(), size) + planes.scratch_bytes(reader, size)
-    return budget.check_held(held, max_memory)
+    budget.check_held(held, max_memory)
 
 
 def widened(reader: Reader, model: Mixtral) -> str | None:
@@ -52,6 +56,17 @@ def widened(reader: Reader, model: Mixtral) -> str | None:
     formats = {reader.format(slot) for slot in slots if not layer.packs(slot)}
     named = sorted({f"{one.kind}, {one.about}" for one in formats if isinstance(one, Quantized)})
     return f"widened when loaded, since no kernel here multiplies them: {'; '.join(named)}" if named else None
+
+
+def paged(reader: Reader, model: Mixtral, max_memory: int | None) -> str | None:
+    """What a user should know of a model that does not stay in memory; None of one that does."""
+    if model.mapped is not Mapped.LATER or max_memory is None:
+        return None
+    size = budget.held_bytes(reader, reader.config.slots(), model.dtype.itemsize, packed=True)
+    return (
+        f"the model takes {human_bytes(size)}, and {human_bytes(max_memory)} of memory are free: what has no room is "
+        "read from its file again and again, at the speed of the disk"
+    )
 
 
 class PlanesMixtral(Mixtral):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import TensorError
-from ..layouts.reader import Reader
+from ..layouts.reader import Mapped, Reader
 from ..names import ATTENTION, EXPERT, Role, Slot, layer_slots
 from ..progress import Progress
 from . import blocks, budget, host, products
@@ -64,9 +64,11 @@ def copy(weight: Tensor, reader: Reader, slot: Slot) -> None:
     weight.copy_(reader.read(slot))
 
 
-def matrix(reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool) -> Matrix:
+def matrix(
+    reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool, mapped: Mapped = Mapped.NOT
+) -> Matrix:
     """A matrix of the reader: with `packed` as it is stored, where a product can take it so. Raises as `copy`."""
-    if packed and (found := blocks.read(reader, slot)) is not None:
+    if packed and (found := blocks.read(reader, slot, mapped)) is not None:
         return found
     weight = host.empty(reader.config.shape(slot.role), device, dtype)
     copy(weight, reader, slot)
@@ -80,8 +82,11 @@ class Embedding:
         self.table, self.device, self.dtype = table, device, dtype  # [V, D]
 
     @classmethod
-    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Embedding:
-        return cls(matrix(reader, Slot(Role.EMBED), device, dtype, packed=packed), device, dtype)
+    def load(
+        cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False,
+        mapped: Mapped = Mapped.NOT,
+    ) -> Embedding:  # fmt: skip
+        return cls(matrix(reader, Slot(Role.EMBED), device, dtype, packed=packed, mapped=mapped), device, dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
@@ -224,7 +229,9 @@ class Layer(Block):
 class PackedLayer(Block):
     """A layer each of whose matrices is what its file holds, where a product can take that."""
 
-    def __init__(self, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, reader: Reader, index: int, device: torch.device, dtype: torch.dtype, mapped: Mapped = Mapped.NOT
+    ) -> None:
         super().__init__(reader.config, index, device, dtype)
         self.matrices: dict[Slot, Matrix] = {}
         vectors = {Role.ATTENTION_NORM: self.attention_norm, Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router}
@@ -232,7 +239,7 @@ class PackedLayer(Block):
             if slot.role in vectors:
                 copy(vectors[slot.role], reader, slot)
             else:
-                self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True)
+                self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True, mapped=mapped)
 
     def packs(self, slot: Slot) -> bool:
         return isinstance(self.matrices.get(slot), blocks.Blocks)
@@ -271,10 +278,14 @@ class Head:
         self.config, self.norm, self.matrix = config, norm, matrix  # [D], [V, D]
 
     @classmethod
-    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Head:
+    def load(
+        cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False,
+        mapped: Mapped = Mapped.NOT,
+    ) -> Head:  # fmt: skip
         norm = torch.empty(reader.config.shape(Role.NORM), device=device, dtype=dtype)
         copy(norm, reader, Slot(Role.NORM))
-        return cls(reader.config, norm, matrix(reader, Slot(Role.HEAD), device, dtype, packed=packed))
+        weight = matrix(reader, Slot(Role.HEAD), device, dtype, packed=packed, mapped=mapped)
+        return cls(reader.config, norm, weight)
 
     def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
         """[.., D] -> [.., V] fp32. The result is the only large thing made; see `chunks` for more rows than fit."""
@@ -317,7 +328,12 @@ class Cache:
 
 
 class Mixtral:
-    """All parts in memory, on one device. See stream.py for a model larger than memory."""
+    """All parts in memory, on one device. See stream.py for a model larger than memory.
+
+    `mapped`: how matrices are had that stay in their file.
+    """
+
+    mapped = Mapped.NOT
 
     def __init__(self, embedding: Embedding, layers: Sequence[Block], head: Head) -> None:
         self.config, self.embedding, self.layers, self.head = head.config, embedding, layers, head
@@ -339,28 +355,32 @@ class Mixtral:
         *,
         packed: bool = True,
         max_memory: int | None = None,
+        beyond: bool = False,
         progress: Progress | None = None,
     ) -> Mixtral:
         """Read a model tensor by tensor: the peak is the model in memory and one stored tensor.
 
-        With `packed`, on a CPU, packed matrices stay so where kernels multiply their blocks (blocks.py); all others,
-        and all that is computed, are of `dtype`. Raises MemoryBudgetError, before anything is read, if that is more
-        than `max_memory` bytes; TensorError for a tensor whose shape contradicts the configuration.
+        With `packed`, on a CPU, packed matrices stay so where kernels multiply their blocks (blocks.py), those of a
+        GGUF in their file, mapped; all others, and all that is computed, are of `dtype`. Raises MemoryBudgetError,
+        before anything is read, if that is more than `max_memory` bytes, or with `beyond` what is not in a file;
+        TensorError for a tensor whose shape contradicts the configuration.
         """
         where = torch.device(device)
         packed = packed and where.type == "cpu" and any(blocks.type_of(reader, slot) for slot in reader.slots())
-        budget.check(reader, dtype.itemsize, max_memory, packed=packed)
+        mapped = budget.check(reader, dtype.itemsize, max_memory, packed=packed, beyond=beyond)
         source = watched(reader, progress, lambda slot: budget.held_bytes(reader, [slot], dtype.itemsize, packed))
         indices = range(reader.config.num_layers)
-        embedding = Embedding.load(source, where, dtype, packed=packed)
+        embedding = Embedding.load(source, where, dtype, packed=packed, mapped=mapped)
         layers: list[Block] = [
-            PackedLayer(source, index, where, dtype) if packed else Layer.load(source, index, where, dtype)
+            PackedLayer(source, index, where, dtype, mapped) if packed else Layer.load(source, index, where, dtype)
             for index in indices
         ]
-        head = Head.load(source, where, dtype, packed=packed)
+        head = Head.load(source, where, dtype, packed=packed, mapped=mapped)
         if progress:
             progress.finish()
-        return cls(embedding, layers, head)
+        made = cls(embedding, layers, head)
+        made.mapped = mapped
+        return made
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, observer: Observer | None = None) -> Tensor:
         """ids [B, T] -> [B, T, D] after the last layer, before the final norm. Continues after what `cache` holds.

@@ -19,7 +19,7 @@ from ..names import Role, Slot
 from ..storage.dtypes import WEIGHT_DTYPES, DType
 from ..storage.store import CHUNK, Bits, Entry, Store, from_tensor, to_tensor
 from .gguf import About
-from .reader import Spec
+from .reader import Mapped, Spec
 from .table import Layout, Op, Piece, to_canonical
 
 if TYPE_CHECKING:
@@ -153,15 +153,26 @@ class Checkpoint:
         spec = self.spec(slot)
         return to_tensor(self.bits(slot), spec.dtype).reshape(spec.shape)
 
-    def packed(self, slot: Slot) -> Packed:
-        """The matrix as it is stored, its rows in canonical order. Raises LayoutError where it lies transposed."""
+    def maps(self, slot: Slot) -> bool:
+        """Whether the matrix's blocks, as they lie in their file, are its own: rows of a GGUF that keep their order."""
+        format, piece = self.format(slot), self.piece(slot)
+        return isinstance(format, Ggml) and piece.op is Op.KEEP and self.store.entries[piece.name].strides is None
+
+    def packed(self, slot: Slot, mapped: Mapped = Mapped.NOT) -> Packed:
+        """The matrix as it is stored, its rows in canonical order; where it `maps`, in its file if `mapped` wants it.
+
+        Raises LayoutError where it lies transposed.
+        """
         format, (name, _, start, stop, op) = self.format(slot), self.piece(slot)
         if op is Op.TRANSPOSE or (op is Op.ROTARY and not isinstance(format, ByRows)):
             raise LayoutError(f"is stored {op.value}; only its values can be read", file=self.place, tensor=name)
         if not isinstance(format, ByRows):
             return Packed(format, tuple(self._tensor(entry) for entry in self.parts(slot)))
-        entry = self.store.entries[name]
-        bits = to_canonical(op, self.store.read_rows(name, start, stop), self.config.head_dim)
+        entry, bits = self.store.entries[name], None
+        if mapped is not Mapped.NOT and self.maps(slot):
+            bits = self.store.mapped_rows(name, start, stop, fetch=mapped is Mapped.NOW)
+        if bits is None:
+            bits = to_canonical(op, self.store.read_rows(name, start, stop), self.config.head_dim)
         return Packed(format, (to_tensor(bits, entry.dtype if entry.dtype.block == 1 else DType.U8),))
 
     def finish(self, earlier: Iterable[Slot] = ()) -> None:

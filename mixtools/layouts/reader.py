@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # torch takes 1.4 s to import, and copying bytes does not need it
@@ -18,6 +19,14 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: DType
+
+
+class Mapped(Enum):
+    """How a matrix that may stay in its file is had."""
+
+    NOT = "as a copy in memory"
+    NOW = "in its file, which is read now"
+    LATER = "in its file, each part of which is read when it is looked at"
 
 
 class Reader(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import mmap
 import os
 import stat
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ..errors import FormatError, InputError
 
+_POPULATE_READ = 22  # MADV_POPULATE_READ of <linux/mman.h>, since Linux 5.14
 _DONTCACHE = 0x80  # RWF_DONTCACHE of <linux/fs.h>, since Linux 6.14
 
 
@@ -32,6 +34,7 @@ class Source:
         self.paths = [paths] if isinstance(paths, Path) else list(paths)
         self.label = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]}..{self.paths[-1].name}"
         self._files: list[int] = []
+        self._maps: dict[int, mmap.mmap] = {}  # by the number of a part
         self._flags = 0  # of every read
         self._starts = [0]  # of each part in the concatenation, and the end
         for path in self.paths:
@@ -88,7 +91,42 @@ class Source:
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
+    def mapped(self, offset: int, size: int, *, fetch: bool) -> memoryview | None:
+        """Bytes as they lie in their file, which must not change as long as anyone looks at them: the system reads them
+        when they are looked at, with `fetch` now, and gives them up when it wants the memory.
+
+        None where a file cannot be mapped, or they lie in more than one part. Raises FormatError where the file ends
+        too early, InputError where it cannot be read.
+        """
+        part = bisect.bisect_right(self._starts, offset) - 1
+        start = offset - self._starts[part]
+        if part >= len(self._files) or offset + size > self._starts[part + 1]:
+            return None
+        if part not in self._maps:
+            try:
+                self._maps[part] = mmap.mmap(self._files[part], 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):  # a file system that has no such thing; an empty file
+                return None
+        found = memoryview(self._maps[part])[start : start + size]
+        if len(found) < size:
+            raise FormatError("shrank while it was read", file=self.paths[part])
+        if fetch and size:
+            self._fetch(part, start, size)
+        return found
+
+    def _fetch(self, part: int, start: int, size: int) -> None:
+        """A run of a mapped part into memory, in order."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            self._maps[part].madvise(_POPULATE_READ, first, start + size - first)
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+                why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+                raise InputError(why, file=self.paths[part]) from None
+            sum(memoryview(self._maps[part])[first : start + size : mmap.PAGESIZE])  # a system without: looks at them
+
     def close(self) -> None:
+        self._maps.clear()  # closed with the last who looks at them
         while self._files:
             self._close(self._files.pop())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -86,6 +87,24 @@ class Store:
         self._read_checked(entry, entry.offset + start * entry.row_bytes, view)
         return array
 
+    def mapped_rows(self, name: str, start: int, stop: int, *, fetch: bool) -> Bits | None:
+        """As `read_rows`, not copied but as they lie in their file (Source.mapped), not to be written to; None where
+        that cannot be.
+
+        `fetch`: they are read into memory now, one after the other, and not when they are looked at; so are those with
+        a checksum in any case. Raises as `read_rows`.
+        """
+        entry = self.entries[name]
+        offset, size = entry.offset + start * entry.row_bytes, (stop - start) * entry.row_bytes
+        if entry.strides is not None or (view := entry.source.mapped(offset, size, fetch=fetch)) is None:
+            return None
+        if entry.record is not None:
+            crc = 0
+            for at in range(0, size, CHUNK):
+                crc = zlib.crc32(view[at : at + CHUNK], crc)
+            self._note(entry, entry.record, offset - entry.record.offset, offset - entry.record.offset + size, crc)
+        return np.frombuffer(view, f"u{entry.dtype.word}").reshape(stop - start, -1)
+
     def finish(self, also: Iterable[str] = ()) -> None:
         """Read what no tensor covered of each half-read record, so that its checksum can be judged.
 
@@ -156,7 +175,12 @@ def to_tensor(bits: Bits, dtype: DType) -> Tensor:
     """Bit patterns as a torch tensor of the same shape, shared, not copied."""
     import torch
 
-    return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(dtype.torch())  # torch knows few unsigned integers
+    signed = bits.view(f"i{dtype.itemsize}")  # torch knows few unsigned integers
+    if signed.flags.writeable:
+        return torch.from_numpy(signed).view(dtype.torch())
+    with warnings.catch_warnings():  # which it gives once, of a mapped file
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(signed).view(dtype.torch())
 
 
 def from_tensor(tensor: Tensor) -> Bits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +13,20 @@ import torch.nn.functional as F
 from mixtral_oracle import DATA, of_range
 
 import mixtools
-from mixtools.errors import LayoutError, MemoryBudgetError
+from mixtools.errors import ChecksumError, LayoutError, MemoryBudgetError
 from mixtools.formats import Ggml
-from mixtools.inference import blocks, budget, host, products
+from mixtools.inference import blocks, budget, host, loading, products
 from mixtools.inference.blocks import FEW_ROWS, Blocks
 from mixtools.inference.generate import Options, generate
 from mixtools.inference.model import Block, Cache, Layer, Mixtral, PackedLayer
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
+from mixtools.layouts.reader import Mapped
 from mixtools.layouts.table import Op
 from mixtools.names import Role, Slot
 from mixtools.ops.decode import decode
 from mixtools.storage.dtypes import DType
+from mixtools.storage.source import Source
 from mixtools.storage.store import from_tensor
 
 NANO = DATA / "nano-mixtral"
@@ -174,14 +178,84 @@ def test_memory_is_what_the_file_holds(opened):
     assert budget.held_bytes(checkpoint, checkpoint.slots(), 2, packed=True) == stored + vectors
 
 
-def test_the_limit_is_on_what_stays_in_blocks(opened):
+def in_file(checkpoint: Checkpoint, matrix: Blocks) -> bool:
+    """Whether its blocks are the bytes of the mapped file, and no copy."""
+    (source,) = checkpoint.store.sources
+    (file,) = source._maps.values()
+    first = np.frombuffer(file, np.uint8).ctypes.data
+    return first <= matrix.data.data_ptr() and matrix.data.data_ptr() + matrix.data.nbytes <= first + len(file)
+
+
+def test_matrices_stay_in_their_file_but_for_those_whose_rows_move(opened):
+    checkpoint = opened("Q4_K_M")
+    model = Mixtral.load(checkpoint, dtype=torch.bfloat16)
+    assert model.mapped is Mapped.NOW
+    assert in_file(checkpoint, model.embedding.table) and in_file(checkpoint, model.head.matrix)
+    for slot, matrix in (pair for layer in model.layers for pair in layer.matrices.items()):
+        assert in_file(checkpoint, matrix) == checkpoint.maps(slot) == (slot.role not in (Role.Q, Role.K))
+        assert not in_file(checkpoint, blocks.read(checkpoint, slot))  # who does not ask for it gets a copy
+    assert Mixtral.load(open_checkpoint(NANO)).mapped is Mapped.NOT
+
+
+def test_a_file_is_there_as_long_as_its_matrices(opened):
+    expected = Mixtral.load(opened("Q2_K"), dtype=torch.float32)(ids(7))
     checkpoint = opened("Q2_K")
-    largest = max(budget.stored_bytes(checkpoint, slot) for slot in checkpoint.slots())
-    need = budget.held_bytes(checkpoint, checkpoint.slots(), 2, packed=True) + largest
+    model = Mixtral.load(checkpoint, dtype=torch.float32)
+    for source in checkpoint.store.sources:
+        source.close()
+    del checkpoint
+    gc.collect()
+    assert torch.equal(model(ids(7)), expected)
+
+
+def test_where_nothing_can_be_mapped_it_is_read(opened, monkeypatch):
+    expected = Mixtral.load(opened("Q3_K_M"), dtype=torch.float32)(ids(7))
+    monkeypatch.setattr(Source, "mapped", lambda *_, **__: None)
+    assert torch.equal(Mixtral.load(opened("Q3_K_M"), dtype=torch.float32)(ids(7)), expected)
+
+
+def test_the_limit_is_on_all_that_may_come_into_memory(opened):
+    checkpoint = opened("Q2_K")
+    moved = [slot for slot in checkpoint.slots() if not checkpoint.maps(slot)]
+    need = budget.held_bytes(checkpoint, checkpoint.slots(), 2, packed=True)
+    need += max(budget.stored_bytes(checkpoint, slot) for slot in moved)
     assert need < checkpoint.config.num_parameters
-    Mixtral.load(checkpoint, dtype=torch.bfloat16, max_memory=need)
+    assert Mixtral.load(checkpoint, dtype=torch.bfloat16, max_memory=need).mapped is Mapped.NOW
     with pytest.raises(MemoryBudgetError, match="the model in its blocks exceeds the memory allowed"):
         Mixtral.load(checkpoint, dtype=torch.bfloat16, max_memory=need - 1)
+
+
+def test_what_is_in_the_file_may_exceed_memory_where_that_is_wanted(opened, monkeypatch):
+    checkpoint, asked = opened("Q4_K_M"), []
+    expected = Mixtral.load(checkpoint, dtype=torch.float32)(ids(9))
+    monkeypatch.setattr(Source, "_fetch", lambda *place: asked.append(place))
+    moved = [slot for slot in checkpoint.slots() if not checkpoint.maps(slot)]
+    least = budget.held_bytes(checkpoint, moved, 4, packed=True)
+    least += max(budget.stored_bytes(checkpoint, slot) for slot in moved)
+    model = Mixtral.load(checkpoint, dtype=torch.float32, max_memory=least, beyond=True)
+    assert model.mapped is Mapped.LATER and not asked
+    assert torch.equal(model(ids(9)), expected)
+    assert "the model takes" in str(loading.paged(checkpoint, model, least))
+    with pytest.raises(MemoryBudgetError):
+        Mixtral.load(checkpoint, dtype=torch.float32, max_memory=least - 1, beyond=True)
+    whole = Mixtral.load(checkpoint, dtype=torch.float32, max_memory=1 << 30, beyond=True)
+    assert whole.mapped is Mapped.NOW and asked and loading.paged(checkpoint, whole, 1 << 30) is None
+    with pytest.raises(MemoryBudgetError, match="the model at 32 bits"):
+        Mixtral.load(open_checkpoint(NANO), dtype=torch.float32, max_memory=least, beyond=True)
+
+
+def test_a_damaged_block_is_told_of_though_it_is_not_copied(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy")) / "nano.Q4_0.gguf"
+    slot = Slot(Role.DOWN, 1, 3)
+    checkpoint = open_checkpoint(copy)
+    entry = checkpoint.entry(slot)
+    assert entry.record is not None  # listed in mixtools.json
+    raw = bytearray(copy.read_bytes())
+    raw[entry.offset + 12345] ^= 8
+    copy.write_bytes(raw)
+    with pytest.raises(ChecksumError) as caught:
+        Mixtral.load(open_checkpoint(copy))
+    assert caught.value.tensor == entry.name and str(copy) == str(caught.value.file)
 
 
 def test_a_type_without_a_kernel_is_decoded_and_the_rest_stays(opened, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import random
+import re
 import sys
 import threading
 from pathlib import Path
@@ -103,6 +105,74 @@ def test_file_that_shrinks(tmp_path: Path) -> None:
     os.truncate(tmp_path / "x", 50)
     with pytest.raises(errors.FormatError, match="shrank"):
         source.read(0, 100)
+
+
+@pytest.mark.parametrize("sizes", [[30000], [10000, 20000]], ids=str)
+@pytest.mark.parametrize("fetch", [False, True])
+@pytest.mark.parametrize("populates", ["populates", "an older kernel", "no madvise"])
+def test_mapped_is_what_is_read(
+    tmp_path: Path, sizes: list[int], fetch: bool, populates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any place; what lies in two parts cannot be."""
+
+    class Map(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            if populates == "no madvise":
+                raise AttributeError("madvise")
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    if populates != "populates":
+        monkeypatch.setattr(mmap, "mmap", Map)
+    paths, content = [], random.Random(0).randbytes(sum(sizes))
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(content[sum(sizes[:number]) :][:size])
+    source = Source(paths)
+    for offset, size in ((0, 10000), (1, 4096), (4095, 2), (12345, 17655), (29999, 1), (10000, 0)):
+        found = source.mapped(offset, size, fetch=fetch)
+        assert found is not None and bytes(found) == source.read(offset, size) and found.readonly
+    apart, kept = source.mapped(9000, 2000, fetch=fetch), source.mapped(12000, 9000, fetch=fetch)
+    assert (apart is None) == (len(sizes) == 2)
+    source.close()
+    assert kept is not None and bytes(kept) == content[12000:21000]  # what was had lives on
+
+
+def test_mapped_is_in_memory_once_it_was_fetched(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("looks at the system's own tables")
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 4096)
+    source = Source(tmp_path / "x")
+
+    def resident() -> int:
+        tables = Path("/proc/self/smaps").read_text()
+        return sum(int(one) for one in re.findall(rf"{tmp_path}/x\nSize:[^R]+(?:\n.*)*?\nRss: +(\d+)", tables))
+
+    kept = source.mapped(0, 1 << 20, fetch=False)
+    assert resident() < 1024
+    source.mapped(4096 * 3 + 5, 4096 * 200, fetch=True)
+    assert resident() >= 4 * 200 and kept is not None
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+def test_mapped_file_that_has_shrunk(tmp_path: Path, fetch: bool) -> None:
+    (tmp_path / "x").write_bytes(bytes(10000))
+    source = Source(tmp_path / "x")
+    os.truncate(tmp_path / "x", 5000)
+    with pytest.raises(errors.FormatError, match="shrank"):
+        source.mapped(4000, 5000, fetch=fetch)
+    os.truncate(tmp_path / "x", 0)
+    assert Source(tmp_path / "x").mapped(0, 0, fetch=fetch) is None
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Map(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EFAULT, "Bad address")
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    (tmp_path / "x").write_bytes(bytes(10000))
+    with pytest.raises(errors.InputError, match=r"cannot be read \(Bad address\)"):
+        Source(tmp_path / "x").mapped(0, 5000, fetch=True)
 
 
 def test_no_regular_file(tmp_path: Path) -> None:

@@ -142,3 +142,27 @@ def test_longer_than_a_chunk(tmp_path: Path, flip: int | None) -> None:
             store.finish()
             assert np.array_equal(np.concatenate(read).view("i4"), tensor[: ends[-1]])
         assert source.count == tensor.nbytes
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+@pytest.mark.parametrize("flip", [None, 5 * 4000 + 3])
+def test_mapped_rows_are_checked_as_those_that_are_read(tmp_path: Path, fetch: bool, flip: int | None) -> None:
+    """Runs of rows, of more than a chunk; once all of a record was looked at it is judged, and nothing is read."""
+    tensors = {"a": torch.arange(1000 * 2000.0).view(2000, 1000), "b": torch.ones(7)}
+    store, source = open_store(tmp_path / "x", tensors, flip)
+    first = store.mapped_rows("a", 3, 2000, fetch=fetch)
+    assert first is not None and not first.flags.writeable
+    if flip is None:
+        assert first.view(np.float32).tobytes() == tensors["a"][3:].numpy().tobytes()
+        second = store.mapped_rows("a", 0, 3, fetch=fetch)
+        assert second is not None and second.view(np.float32)[2, 7] == 2007
+    else:
+        with pytest.raises(errors.ChecksumError, match="the file is damaged"):
+            store.mapped_rows("a", 0, 3, fetch=fetch)
+    store.finish()
+    assert source.count == 0
+
+
+def test_strided_rows_are_not_mapped(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path / "x", {"a": torch.ones(30, 4).t()})
+    assert store.mapped_rows("a", 0, 4, fetch=True) is None
