@@ -137,7 +137,16 @@ def test_mapped_is_what_is_read(
     assert kept is not None and bytes(kept) == content[12000:21000]  # what was had lives on
 
 
-def test_mapped_is_in_memory_once_it_was_fetched(tmp_path: Path) -> None:
+def test_mapped_is_in_memory_once_it_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whole pages, as the system wants them."""
+
+    class Map(mmap.mmap):
+        def madvise(self, advice: int, first: int, size: int) -> None:
+            asked.append((first, size))
+            super().madvise(advice, first, size)
+
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(mmap, "mmap", Map)
     if sys.platform != "linux":
         pytest.skip("looks at the system's own tables")
     (tmp_path / "x").write_bytes(bytes(range(256)) * 4096)
@@ -151,6 +160,7 @@ def test_mapped_is_in_memory_once_it_was_fetched(tmp_path: Path) -> None:
     assert resident() < 1024
     source.mapped(4096 * 3 + 5, 4096 * 200, fetch=True)
     assert resident() >= 4 * 200 and kept is not None
+    assert asked == [(4096 * 3, 4096 * 200 + 5)] or mmap.PAGESIZE != 4096
 
 
 @pytest.mark.parametrize("fetch", [False, True])
