@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def test_the_shell_completes(typed: str, offered: set[str]) -> None:
 
 
 def test_completion_is_installed_on_request(tmp_path: Path) -> None:
-    done = run("--install-completion", "bash", env={**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"})
-    assert done.returncode == 0, done.stderr
+    command = f"{shlex.quote(sys.executable)} -m mixtools --install-completion bash; exit $?"  # whose parent is a shell
+    env = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     (script,) = [path for path in tmp_path.rglob("*") if path.is_file() and "mixtools" in path.name]
     assert "_MIXTOOLS_COMPLETE" in script.read_text()
 
