@@ -5,13 +5,15 @@
 
 A code counts from the lowest level up, whatever bits the type stores for it. Scales may be negative, and zero; types
 without a minimum have -0 for one, which leaves every sum as it is, the sign of a zero included. Layouts are those of
-ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/llama.cpp. Codes are put in by torch,
-where they lie; all else is free of it, takes one thread, and releases Python's lock while numpy works.
+ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/llama.cpp.
+
+Blocks are uint8 [rows, bytes]; what is in them comes and goes in lines, [columns or groups, rows]. All is done by torch
+where the blocks lie, on a GPU too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,15 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MixtoolsError, TensorError
-from ..ops import cpu
 from ..storage.dtypes import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Array = npt.NDArray[Any]
-
-_STRIP = 1 << 18  # values worked on at a time: with their blocks, and what is between, within a core's cache
+_STRIP = 1 << 18  # values worked on at a time on a CPU: with their blocks, and what is between, within a core's cache
 
 
 class Supers(NamedTuple):
@@ -36,18 +35,18 @@ class Supers(NamedTuple):
     Types of one group per block have sub-scales of 1. Q4_1 and Q5_1, which add their minimum, have sub-minima of -1.
     """
 
-    d: Array  # fp32 [rows, supers]; f16 as stored, of MXFP4 a power of two
-    dmin: Array | None  # fp32 [rows, supers]
-    scales: Array  # int8 [rows, groups]
-    mins: Array | None  # int8 [rows, groups]
+    d: Tensor  # fp32 [supers, rows]; f16 as stored, of MXFP4 a power of two
+    dmin: Tensor | None  # fp32 [supers, rows]
+    scales: Tensor  # int8 [groups, rows]
+    mins: Tensor | None  # int8 [groups, rows]
 
-    def grid(self) -> tuple[Array, Array]:
-        """Scale and minimum of each group, as `grid`."""
-        with np.errstate(all="ignore"):
-            scale = _each_group(self.d, self.scales)
-            if self.dmin is None or self.mins is None:
-                return scale, np.full_like(scale, -0.0)
-            return scale, -_each_group(self.dmin, self.mins)
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and minimum of each group: fp32 [groups, rows]. What is no number in them is none in ggml's values
+        either; the caller looks for it."""
+        scale = _each_group(self.d, self.scales)
+        if self.dmin is None or self.mins is None:
+            return scale, scale.new_full(scale.shape, -0.0)
+        return scale, -_each_group(self.dmin, self.mins)
 
 
 class _Part(NamedTuple):
@@ -150,31 +149,25 @@ def group(type: DType) -> int:
     return _kind(type).group
 
 
-def levels(type: DType) -> Array:
+def levels(type: DType) -> npt.NDArray[Any]:
     """What the codes stand for before they are scaled: fp32 [levels], each above the one before it."""
     return np.array(_kind(type).levels, np.float32)
 
 
-def codes(type: DType, blocks: Array) -> Array:
-    """The codes in `blocks` uint8 [rows, bytes]: uint8 [rows, columns].
+def codes(type: DType, blocks: Tensor) -> Tensor:
+    """The codes in `blocks` uint8 [rows, bytes]: uint8 [columns, rows].
 
-    Rows may lie anywhere. Raises MixtoolsError for blocks of another shape or dtype, as all below.
+    Raises MixtoolsError for blocks of another shape or dtype, as all below.
     """
     kind = _kind(type)
-    rows, cols = _shape(type, blocks)
-    order = np.array(kind.order, np.uint8)
-    out = np.empty((rows, cols), np.uint8)
-    for strip in _strips(rows, cols):
-        items = _unpack(kind.codes, _cut(blocks[strip], _size(type)), type.block)
-        _cut(out[strip], type.block)[...] = np.take(order, items) if kind.order else items
-    return out
+    items = _unpack(type, kind.codes, blocks, type.block).flatten(0, 1)
+    return _looked_up(kind.order, items) if kind.order else items
 
 
-def with_codes(type: DType, blocks: Array, codes: Tensor) -> Array:
-    """New blocks: the scales and minima of `blocks` uint8 [rows, bytes], and `codes` uint8 [rows, columns].
+def with_codes(type: DType, blocks: Tensor, codes: Tensor) -> Tensor:
+    """New blocks: the scales and minima of `blocks` uint8 [rows, bytes], and `codes` uint8 [columns, rows].
 
-    Codes are joined where they lie, on a GPU too, and quickest where those of a column lie side by side. Raises
-    MixtoolsError for codes of another shape or dtype, or above the last.
+    Raises MixtoolsError for codes of another shape or dtype, or above the last.
     """
     import torch
 
@@ -182,107 +175,79 @@ def with_codes(type: DType, blocks: Array, codes: Tensor) -> Array:
 
     kind = _kind(type)
     rows, cols = _shape(type, blocks)
-    if codes.shape != (rows, cols) or codes.dtype != torch.uint8:
+    if codes.shape != (cols, rows) or codes.dtype != torch.uint8:
         raise MixtoolsError(f"{rows} rows of {cols} codes are as many uint8, not {codes.dtype} {[*codes.shape]}")
-    lines, supers = library.dense(codes.T), cols // type.block
-    if lines.numel() and (most := int(lines.max())) >= len(kind.levels):
+    if codes.numel() and (most := int(codes.max())) >= len(kind.levels):
         raise MixtoolsError(f"{type.value} has {len(kind.levels)} codes, and none is {most}")
-    items = lines.view(supers, type.block, rows)
-    joined = lines.new_empty((supers, _bytes(kind.codes), rows))
+    supers = cols // type.block
+    items = library.dense(codes).view(supers, type.block, rows)
+    joined = items.new_empty((supers, _bytes(kind.codes), rows))
     stored = [kind.order.index(code) for code in range(len(kind.levels))] if kind.order else []
-    table = torch.tensor(stored, dtype=torch.uint8).to(lines.device)
-    step = max(1, _STRIP // max(1, type.block * rows)) if lines.device.type == "cpu" else max(1, supers)
+    step = max(1, _STRIP // max(1, type.block * rows)) if items.device.type == "cpu" else max(1, supers)
     for at in range(0, supers, step):
         strip = items[at : at + step]
-        if stored:
-            strip = table.index_select(0, strip.flatten().int()).view(strip.shape)
-        _pack(kind.codes, strip, joined[at : at + step])
-    out = np.array(blocks, order="C")
-    _put(kind.codes, library.turned(joined.flatten(0, 1)).cpu().numpy(), _cut(out, _size(type)))
+        _pack(kind.codes, _looked_up(stored, strip) if stored else strip, joined[at : at + step])
+    out = library.dense(blocks).clone()
+    each, first = out.view(rows, supers, _size(type)), 0
+    turned = library.turned(joined.flatten(0, 1)).view(rows, supers, _bytes(kind.codes))
+    for at, runs, run, _ in kind.codes:
+        each[..., at : at + runs * run] = turned[..., first : first + runs * run]
+        first += runs * run
     return out
 
 
-def grid(type: DType, blocks: Array) -> tuple[Array, Array]:
-    """Scale and minimum of each group in `blocks` uint8 [rows, bytes]: both fp32 [rows, groups].
-
-    What is no number in them is no number in ggml's values either; the caller looks for it.
-    """
-    return supers(type, blocks).grid()
-
-
-def supers(type: DType, blocks: Array) -> Supers:
+def supers(type: DType, blocks: Tensor) -> Supers:
     """The factors of scales and minima in `blocks` uint8 [rows, bytes]."""
-    kind = _kind(type)
-    rows, cols = _shape(type, blocks)
-    each = blocks.reshape(rows, cols // type.block, _size(type))
-    d = _POWERS[each[..., kind.d]] if type is DType.MXFP4 else _halves(each, kind.d)
-    dmin = None if kind.dmin is None else _halves(each, kind.dmin)
-    shape = rows, cols // kind.group
-    if not kind.subs:
-        mins = None if dmin is None else np.full(shape, kind.bounds[0], np.int8)
-        return Supers(d, dmin, np.full(shape, kind.bounds[1], np.int8), mins)
-    subs = _unpack(kind.subs, _cut(blocks, _size(type)), type.block // kind.group * (1 if dmin is None else 2))
-    integers = subs.view(np.int8) - np.int8(kind.bias)
-    if dmin is None:
-        return Supers(d, None, integers.reshape(shape), None)
-    return Supers(d, dmin, *(half.reshape(shape) for half in np.split(integers, 2, axis=1)))
-
-
-def with_supers(type: DType, blocks: Array, d: Array, dmin: Array | None = None) -> Array:
-    """New blocks: `blocks` uint8 [rows, bytes] with other super-scales `d`, and `dmin` where the type has minima.
-
-    Both are floats [rows, supers], rounded to nearest f16, ties to even; d of MXFP4 to the nearest power of two, ties
-    up, and the least there is for what is below. Raises TensorError for NaN and for what would be rounded beyond the
-    largest (f16: 65504; MXFP4, which has no sign either: 2^126), MixtoolsError for another shape, or a dmin missing or
-    not wanted.
-    """
-    kind = _kind(type)
-    rows, cols = _shape(type, blocks)
-    if (dmin is None) != (kind.dmin is None):
-        raise MixtoolsError(f"{type.value} has {'no dmin' if kind.dmin is None else 'a dmin beside its d'}")
-    out = np.array(blocks, order="C")
-    each = out.reshape(rows, cols // type.block, _size(type))
-    for name, at, values in (("d", kind.d, d), ("dmin", kind.dmin, dmin)):
-        if at is None or values is None:
-            continue
-        if values.shape != each.shape[:2] or values.dtype.kind != "f":
-            found = f"{values.dtype} {[*values.shape]}"
-            raise MixtoolsError(f"{name} of {type.value} is floats {[*each.shape[:2]]} here, not {found}")
-        if type is DType.MXFP4:
-            each[..., at] = _exponents(values)
-        else:
-            each[..., at : at + 2] = _rounded(name, values, type).view(np.uint8).reshape(*values.shape, 2)
-    return out
-
-
-def with_subs(type: DType, blocks: Array, scales: Array, mins: Array | None = None) -> Array:
-    """New blocks: `blocks` uint8 [rows, bytes] with other sub-scales, and sub-minima where the type has them.
-
-    Both are integers [rows, groups], in Q2_K from 0 to 15, in Q4_K and Q5_K from 0 to 63, in Q3_K and IQ4_XS from -32
-    to 31, in Q6_K from -128 to 127. Raises MixtoolsError for others, for minima missing or not wanted, and for a type
-    without sub-scales.
-    """
     import torch
 
     kind = _kind(type)
     rows, cols = _shape(type, blocks)
+    if type is DType.MXFP4:
+        (exponents,) = _lines(type, blocks, kind.d, 1).unbind(1)
+        d = torch.from_numpy(_POWERS).to(blocks.device)[exponents.int()]
+    else:
+        d = _halves(_lines(type, blocks, kind.d, 2))
+    dmin = None if kind.dmin is None else _halves(_lines(type, blocks, kind.dmin, 2))
+    shape = cols // kind.group, rows
     if not kind.subs:
-        raise MixtoolsError(f"{type.value} has one group per block, and no sub-scales")
-    if (mins is None) != (kind.dmin is None):
-        raise MixtoolsError(f"{type.value} has {'no sub-minima' if kind.dmin is None else 'sub-minima too'}")
-    parts, low, high = [], *kind.bounds
-    for part in (scales,) if mins is None else (scales, mins):
-        if part.shape != (rows, cols // kind.group) or part.dtype.kind not in "iu":
-            found = f"{part.dtype} {[*part.shape]}"
-            raise MixtoolsError(f"sub-scales are integers {[rows, cols // kind.group]} here, not {found}")
-        if part.size and (part.min() < low or part.max() > high):
-            raise MixtoolsError(f"sub-scales of {type.value} are from {low} to {high}: {part.min()} to {part.max()}")
-        parts.append((part.astype(np.int16) + kind.bias).astype(np.uint8).reshape(-1, type.block // kind.group))
-    out = np.array(blocks, order="C")
-    items = torch.from_numpy(np.concatenate(parts, axis=1))[..., None]
-    joined = items.new_empty((len(items), _bytes(kind.subs), 1))
-    _pack(kind.subs, items, joined)
-    _put(kind.subs, joined.numpy(), _cut(out, _size(type)))
+        low, high = (blocks.new_full(shape, one, dtype=torch.int8) for one in kind.bounds)
+        return Supers(d, dmin, high, None if dmin is None else low)
+    each = type.block // kind.group
+    subs = _unpack(type, kind.subs, blocks, each if dmin is None else 2 * each).view(torch.int8) - kind.bias
+    if dmin is None:
+        return Supers(d, None, subs.view(shape), None)
+    return Supers(d, dmin, *(half.reshape(shape) for half in torch.split(subs, each, 1)))
+
+
+def with_supers(type: DType, blocks: Tensor, d: Tensor, dmin: Tensor | None = None) -> Tensor:
+    """New blocks: `blocks` uint8 [rows, bytes] with other super-scales `d`, and `dmin` where the type has minima.
+
+    Both are fp32 [supers, rows], rounded to nearest f16, ties to even; d of MXFP4 to the nearest power of two, ties
+    up, and the least there is for what is below. Raises TensorError for NaN and for what would be rounded beyond the
+    largest (f16: 65504; MXFP4, which has no sign either: 2^126), MixtoolsError for another shape, or a dmin missing or
+    not wanted.
+    """
+    import torch
+
+    from ..ops import library
+
+    kind = _kind(type)
+    rows, cols = _shape(type, blocks)
+    if (dmin is None) != (kind.dmin is None):
+        raise MixtoolsError(f"{type.value} has {'no dmin' if kind.dmin is None else 'a dmin beside its d'}")
+    out = library.dense(blocks).clone()
+    each = out.view(rows, cols // type.block, _size(type))
+    for name, at, values in (("d", kind.d, d), ("dmin", kind.dmin, dmin)):
+        if at is None or values is None:
+            continue
+        if values.shape != each.shape[1::-1] or values.dtype != torch.float32:
+            found = f"{values.dtype} {[*values.shape]}"
+            raise MixtoolsError(f"{name} of {type.value} is torch.float32 {[*each.shape[1::-1]]} here, not {found}")
+        if type is DType.MXFP4:
+            each[..., at] = _exponents(values).T
+        else:
+            bits = _rounded(name, values, type).view(torch.int16).T
+            each[..., at], each[..., at + 1] = bits & 255, (bits >> 8) & 255
     return out
 
 
@@ -296,9 +261,11 @@ def _size(type: DType) -> int:
     return type.row_bytes(type.block)
 
 
-def _shape(type: DType, blocks: Array) -> tuple[int, int]:
+def _shape(type: DType, blocks: Tensor) -> tuple[int, int]:
     """Rows, columns."""
-    if blocks.ndim != 2 or blocks.dtype != np.uint8:
+    import torch
+
+    if blocks.ndim != 2 or blocks.dtype != torch.uint8:
         raise MixtoolsError(f"blocks are a matrix of bytes, not {blocks.dtype} {[*blocks.shape]}")
     count, rest = divmod(blocks.shape[1], _size(type))
     if rest:
@@ -308,37 +275,34 @@ def _shape(type: DType, blocks: Array) -> tuple[int, int]:
     return len(blocks), count * type.block
 
 
-def _strips(rows: int, cols: int) -> Iterator[slice]:
-    high = max(1, _STRIP // max(1, cols))
-    return (slice(row, row + high) for row in range(0, rows if cols else 0, high))
-
-
-def _cut(rows: Array, width: int) -> Array:
-    """[rows, n * width] -> [rows * n, width], where it lies if it is dense."""
-    return np.ascontiguousarray(rows).reshape(-1, width)
-
-
 def _bytes(fields: tuple[_Field, ...]) -> int:
     return sum(field.runs * field.run for field in fields)
 
 
-def _unpack(fields: tuple[_Field, ...], blocks: Array, count: int) -> Array:
-    """`blocks` [n, bytes] -> items [n, count]; turned on the way, as runs of a few bytes are no work for numpy."""
-    first, last = min(field.at for field in fields), max(field.at + field.runs * field.run for field in fields)
-    lines, items = cpu.transpose(blocks[:, first:last]), np.empty((count, len(blocks)), np.uint8)
+def _lines(type: DType, blocks: Tensor, first: int, count: int) -> Tensor:
+    """`count` bytes of each block from byte `first` on: [supers, count, rows]."""
+    from ..ops import library
+
+    rows, cols = _shape(type, blocks)
+    supers = cols // type.block
+    part = blocks.reshape(rows, supers, _size(type))[..., first : first + count].reshape(rows, supers * count)
+    return library.turned(part).view(supers, count, rows)
+
+
+def _unpack(type: DType, fields: tuple[_Field, ...], blocks: Tensor, count: int) -> Tensor:
+    """`count` items of each block of `blocks` [rows, bytes]: [supers, count, rows]."""
+    first = min(field.at for field in fields)
+    lines = _lines(type, blocks, first, max(field.at + field.runs * field.run for field in fields) - first)
+    supers, _, rows = lines.shape
+    items = lines.new_empty((supers, count, rows))
     for at, runs, run, parts in fields:
-        stretches = items.reshape(runs, count // runs, len(blocks))
-        source = lines[at - first : at - first + runs * run].reshape(runs, run, len(blocks))
+        stretches = items.view(supers, runs, count // runs, rows)
+        source = lines[:, at - first : at - first + runs * run].view(supers, runs, run, rows)
         for shift, bits, left, to in parts:
-            part = source >> np.uint8(shift)
-            part &= np.uint8((1 << bits) - 1)
-            target = stretches[:, to : to + run]
-            if left:
-                part <<= np.uint8(left)
-                target |= part
-            else:
-                target[...] = part
-    return cpu.transpose(items)
+            part = (source >> shift) & (1 << bits) - 1
+            target = stretches[:, :, to : to + run]
+            target[...] = target | part << left if left else part
+    return items
 
 
 def _pack(fields: tuple[_Field, ...], items: Tensor, out: Tensor) -> None:
@@ -359,41 +323,44 @@ def _pack(fields: tuple[_Field, ...], items: Tensor, out: Tensor) -> None:
         first += runs * run
 
 
-def _put(fields: tuple[_Field, ...], joined: Array, blocks: Array) -> None:
-    """What `_pack` made of each of n blocks into `blocks` [n, bytes], whose other bytes stay."""
-    joined, first = joined.reshape(len(blocks), _bytes(fields)), 0
-    for at, runs, run, _ in fields:
-        blocks[:, at : at + runs * run] = joined[:, first : first + runs * run]
-        first += runs * run
+def _looked_up(order: Sequence[int], items: Tensor) -> Tensor:
+    """What `order` has for each item."""
+    import torch
+
+    table = torch.tensor(order, dtype=torch.uint8).to(items.device)
+    return table.index_select(0, items.flatten().int()).view(items.shape)
 
 
-def _each_group(factors: Array, integers: Array) -> Array:
-    """`factors` [rows, supers] times `integers` [rows, groups]: fp32 [rows, groups], exact, as both have few bits."""
-    rows, supers = factors.shape
-    products = factors[..., None] * integers.reshape(rows, supers, integers.shape[1] // max(1, supers))
-    return np.asarray(products, np.float32).reshape(integers.shape)
+def _each_group(factors: Tensor, integers: Tensor) -> Tensor:
+    """`factors` [supers, rows] times `integers` [groups, rows]: fp32 [groups, rows], exact, as both have few bits."""
+    supers, rows = factors.shape
+    return (factors[:, None] * integers.view(supers, len(integers) // max(1, supers), rows)).view(integers.shape)
 
 
-def _halves(blocks: Array, at: int) -> Array:
-    """The f16 at a byte of each of `blocks` [rows, supers, bytes], fp32 [rows, supers]."""
-    with np.errstate(invalid="ignore"):  # some builds of numpy warn of a signalling NaN
-        return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0].astype(np.float32)
+def _halves(lines: Tensor) -> Tensor:
+    """The f16 that two bytes of each block are, [supers, 2, rows]: fp32 [supers, rows]."""
+    import torch
+
+    low, high = lines.int().unbind(1)
+    return (high << 8 | low).short().view(torch.float16).float()
 
 
-def _rounded(name: str, values: Array, type: DType) -> Array:
-    with np.errstate(all="ignore"):
-        halves = values.astype("<f2")
-    if not np.isfinite(halves).all():
-        worst = values[~np.isfinite(halves)][0]
-        raise TensorError(f"{name} of {type.value} blocks is beyond f16, or no number: {worst}")
+def _rounded(name: str, values: Tensor, type: DType) -> Tensor:
+    import torch
+
+    halves = values.to(torch.float16)
+    if not bool((known := halves.isfinite()).all()):
+        raise TensorError(f"{name} of {type.value} blocks is beyond f16, or no number: {float(values[~known][0])}")
     return halves
 
 
-def _exponents(d: Array) -> Array:
+def _exponents(d: Tensor) -> Tensor:
     """Of the powers of two nearest to `d`."""
-    digits, powers = np.frexp(d)  # d = digits * 2^powers, digits from 1/2 up to 1
-    nearest = np.maximum(powers + (digits >= 0.75) - 1 + 128, 0)
-    wrong = ~np.isfinite(d) | (d < 0) | (nearest > 254)  # 255 is no number outside ggml
-    if wrong.any():
-        raise TensorError(f"d of MXFP4 blocks is negative, beyond 2^126, or no number: {d[wrong][0]}")
-    return np.where(d == 0, 0, nearest).astype(np.uint8)
+    import torch
+
+    digits, powers = torch.frexp(d)  # d = digits * 2^powers, digits from 1/2 up to 1
+    nearest = (powers + (digits >= 0.75).int() - 1 + 128).clamp(min=0)
+    wrong = ~torch.isfinite(d) | (d < 0) | (nearest > 254)  # 255 is no number outside ggml
+    if bool(wrong.any()):
+        raise TensorError(f"d of MXFP4 blocks is negative, beyond 2^126, or no number: {float(d[wrong][0])}")
+    return torch.where(d == 0, 0, nearest).to(torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -54,8 +54,37 @@ def random_codes(type: DType, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, len(ggml_grid.levels(type)), SHAPE).astype(np.uint8)
 
 
+# the module's own, of numpy's arrays whose rows come first
+
+
+def codes_of(type: DType, blocks: np.ndarray) -> np.ndarray:
+    return ggml_grid.codes(type, torch.from_numpy(blocks)).numpy().T
+
+
 def with_codes(type: DType, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return ggml_grid.with_codes(type, blocks, torch.from_numpy(codes))
+    return ggml_grid.with_codes(type, torch.from_numpy(blocks), torch.from_numpy(codes).T).numpy()
+
+
+class Supers(NamedTuple):
+    d: np.ndarray
+    dmin: np.ndarray | None
+    scales: np.ndarray
+    mins: np.ndarray | None
+
+
+def supers_of(type: DType, blocks: np.ndarray) -> Supers:
+    found = ggml_grid.supers(type, torch.from_numpy(blocks))
+    return Supers(*(None if part is None else np.ascontiguousarray(part.numpy().T) for part in found))
+
+
+def grid_of(type: DType, blocks: np.ndarray) -> list[np.ndarray]:
+    found = ggml_grid.supers(type, torch.from_numpy(blocks)).grid()
+    return [np.ascontiguousarray(part.numpy().T) for part in found]
+
+
+def with_supers(type: DType, blocks: np.ndarray, d: np.ndarray, dmin: np.ndarray | None = None) -> np.ndarray:
+    parts = (None if part is None else torch.from_numpy(np.ascontiguousarray(part.T)) for part in (d, dmin))
+    return ggml_grid.with_supers(type, torch.from_numpy(blocks), *parts).numpy()
 
 
 def by_gguf(type: DType, blocks: np.ndarray) -> np.ndarray:
@@ -65,7 +94,7 @@ def by_gguf(type: DType, blocks: np.ndarray) -> np.ndarray:
 
 def values(type: DType, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """As the module's head says."""
-    scale, least = (np.repeat(part, ggml_grid.group(type), axis=1) for part in ggml_grid.grid(type, blocks))
+    scale, least = (np.repeat(part, ggml_grid.group(type), axis=1) for part in grid_of(type, blocks))
     with np.errstate(over="ignore"):
         return scale * ggml_grid.levels(type)[codes] + least
 
@@ -110,7 +139,7 @@ def test_levels_ascend_and_fill_the_codes_bits(type: DType) -> None:
 @each_type
 def test_value_is_scale_times_level_plus_minimum(type: DType) -> None:
     blocks = random_blocks(type)
-    found = values(type, blocks, ggml_grid.codes(type, blocks))
+    found = values(type, blocks, codes_of(type, blocks))
     assert_same_bits(found, by_gguf(type, blocks))
     assert_same_bits(found, decode(blocks, type, DType.F32).view(np.float32))
 
@@ -119,13 +148,11 @@ def test_value_is_scale_times_level_plus_minimum(type: DType) -> None:
 @pytest.mark.parametrize("kind", ["normal", "heavy", "outliers", "tiny", "constant", "positive", "zero"])
 def test_encoded_blocks_come_back_byte_for_byte(type: DType, kind: str) -> None:
     blocks = encode(rows(kind), DType.F32, type)
-    codes = ggml_grid.codes(type, blocks)
+    codes = codes_of(type, blocks)
     assert codes.dtype == np.uint8 and codes.shape == SHAPE
     assert with_codes(type, blocks, codes).tobytes() == blocks.tobytes()
-    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
-    assert ggml_grid.with_supers(type, blocks, d, dmin).tobytes() == blocks.tobytes()
-    if type in WITH_SUBS:
-        assert ggml_grid.with_subs(type, blocks, scales, mins).tobytes() == blocks.tobytes()
+    d, dmin, *_ = supers_of(type, blocks)
+    assert with_supers(type, blocks, d, dmin).tobytes() == blocks.tobytes()
     assert_same_bits(values(type, blocks, codes), by_gguf(type, blocks))
 
 
@@ -133,7 +160,7 @@ def test_encoded_blocks_come_back_byte_for_byte(type: DType, kind: str) -> None:
 def test_any_bytes_come_back(type: DType) -> None:
     """Nothing in a block is lost: no bit is unused. MXFP4's negative zero becomes the positive one, decoded alike."""
     blocks = random_blocks(type, seed=3)
-    again = with_codes(type, blocks, ggml_grid.codes(type, blocks))
+    again = with_codes(type, blocks, codes_of(type, blocks))
     if type is not DType.MXFP4:
         np.testing.assert_array_equal(again, blocks)
     else:
@@ -149,18 +176,18 @@ def test_other_codes_are_put_in(type: DType) -> None:
     before = blocks.tobytes(), codes.tobytes()
     new = with_codes(type, blocks, codes)
     assert (blocks.tobytes(), codes.tobytes()) == before and new.shape == blocks.shape
-    np.testing.assert_array_equal(ggml_grid.codes(type, new), codes)
+    np.testing.assert_array_equal(codes_of(type, new), codes)
     assert_same_bits(by_gguf(type, new), values(type, blocks, codes))
-    for part, old in zip(ggml_grid.supers(type, new), ggml_grid.supers(type, blocks), strict=True):
+    for part, old in zip(supers_of(type, new), supers_of(type, blocks), strict=True):
         assert (part is None and old is None) or part.tobytes() == old.tobytes()
 
 
 @each_type
 def test_scales_and_minima_are_products(type: DType) -> None:
     blocks = random_blocks(type)
-    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
+    d, dmin, scales, mins = supers_of(type, blocks)
     per = scales.shape[1] // d.shape[1]
-    scale, least = ggml_grid.grid(type, blocks)
+    scale, least = grid_of(type, blocks)
     assert scale.shape == least.shape == (SHAPE[0], COLS // ggml_grid.group(type))
     assert d.shape == (SHAPE[0], COLS // type.block) and d.dtype == np.float32 and scales.dtype == np.int8
     assert_same_bits(scale, np.repeat(d, per, axis=1) * scales)
@@ -175,14 +202,14 @@ def test_scales_and_minima_are_products(type: DType) -> None:
 @each_type
 def test_other_super_scales_are_put_in(type: DType) -> None:
     blocks, codes = random_blocks(type), random_codes(type)
-    old = ggml_grid.supers(type, blocks)
+    old = supers_of(type, blocks)
     random = np.random.default_rng(8)
     d, dmin = random.standard_normal((2, *old.d.shape)).astype(np.float32)
     given = (np.abs(d) if type is DType.MXFP4 else d), None if old.dmin is None else dmin
     before = blocks.tobytes()
-    new = ggml_grid.with_supers(type, blocks, *given)
+    new = with_supers(type, blocks, *given)
     assert blocks.tobytes() == before
-    supers = ggml_grid.supers(type, new)
+    supers = supers_of(type, new)
     if type is DType.MXFP4:
         assert (np.abs(supers.d - given[0]) <= np.minimum(np.abs(supers.d * 2 - given[0]), supers.d / 2)).all()
         assert set(np.frexp(supers.d)[0].ravel()) == {0.5}
@@ -191,117 +218,97 @@ def test_other_super_scales_are_put_in(type: DType) -> None:
     if old.dmin is not None:
         assert_same_bits(supers.dmin, dmin.astype(np.float16).astype(np.float32))
     np.testing.assert_array_equal(supers.scales, old.scales)
-    np.testing.assert_array_equal(ggml_grid.codes(type, new), ggml_grid.codes(type, blocks))
+    np.testing.assert_array_equal(codes_of(type, new), codes_of(type, blocks))
     assert_same_bits(by_gguf(type, with_codes(type, new, codes)), values(type, new, codes))
-
-
-@each_with_subs
-def test_other_sub_scales_are_put_in(type: DType) -> None:
-    low, high = ggml_grid._KINDS[type].bounds
-    blocks, old = random_blocks(type), ggml_grid.supers(type, random_blocks(type))
-    random = np.random.default_rng(9)
-    scales, mins = random.integers(low, high, (2, *old.scales.shape), endpoint=True)
-    given = scales, None if old.mins is None else mins
-    assert {scales.min(), scales.max()} == {low, high}
-    before = blocks.tobytes()
-    new = ggml_grid.with_subs(type, blocks, *given)
-    assert blocks.tobytes() == before
-    found = ggml_grid.supers(type, new)
-    np.testing.assert_array_equal(found.scales, scales)
-    if old.mins is not None:
-        np.testing.assert_array_equal(found.mins, mins)
-    assert found.d.tobytes() == old.d.tobytes()
-    codes = ggml_grid.codes(type, blocks)
-    np.testing.assert_array_equal(ggml_grid.codes(type, new), codes)
-    assert_same_bits(by_gguf(type, new), values(type, new, codes))
 
 
 @each_type
 @pytest.mark.parametrize("strip", [1, 2 * COLS + 5, 1 << 18])
 def test_runs_and_places_of_rows_do_not_matter(type: DType, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, codes = random_blocks(type), random_codes(type)
-    expected = ggml_grid.codes(type, blocks), with_codes(type, blocks, codes), ggml_grid.grid(type, blocks)
-    supers = ggml_grid.supers(type, blocks)
+    expected = codes_of(type, blocks), with_codes(type, blocks, codes), grid_of(type, blocks)
+    supers = supers_of(type, blocks)
     wide = np.full((SHAPE[0], blocks.shape[1] + 3), 0xA5, np.uint8)
     wide[:, 1:-2] = blocks
-    wide.flags.writeable = False
-    place, upside = wide[:, 1:-2], np.asfortranarray(codes)
+    before, place, upside = wide.tobytes(), wide[:, 1:-2], np.asfortranarray(codes)
     monkeypatch.setattr(ggml_grid, "_STRIP", strip)
-    np.testing.assert_array_equal(ggml_grid.codes(type, place), expected[0])
+    np.testing.assert_array_equal(codes_of(type, place), expected[0])
     np.testing.assert_array_equal(with_codes(type, place, upside), expected[1])
-    for part, other in zip(ggml_grid.grid(type, place), expected[2], strict=True):
+    for part, other in zip(grid_of(type, place), expected[2], strict=True):
         assert_same_bits(part, other)
-    np.testing.assert_array_equal(ggml_grid.with_supers(type, place, supers.d, supers.dmin), blocks)
+    np.testing.assert_array_equal(with_supers(type, place, supers.d, supers.dmin), blocks)
+    assert wide.tobytes() == before
 
 
 @each_type
-def test_codes_on_a_card_are_joined_there(type: DType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest of them is all that is waited for but what is stored, which is smaller than they are."""
+def test_on_a_card_all_is_done_there(type: DType) -> None:
+    """And what is waited for are judgements: of the codes the largest, of scales whether f16 holds them."""
     blocks, codes = random_blocks(type), random_codes(type)
-    expected, join, there = with_codes(type, blocks, codes), ggml_grid._pack, []
-
-    def joined(fields: Any, items: torch.Tensor, out: torch.Tensor) -> None:
-        there.append((items.__class__, out.__class__))
-        join(fields, items, out)
-
-    monkeypatch.setattr(ggml_grid, "_pack", joined)
+    factors = supers_of(type, blocks)
+    scales = [one for one in (factors.d, factors.dmin) if one is not None]
+    scales = [np.minimum(np.abs(one), 60000) for one in scales]
+    expected = with_codes(type, with_supers(type, blocks, *scales), codes)
     with Card() as card:
-        moved = torch.from_numpy(np.ascontiguousarray(codes.T)).to("cuda").T
+        moved, joined, *turned = (
+            torch.from_numpy(np.ascontiguousarray(one)).to("cuda")
+            for one in (blocks, codes.T, *(one.T for one in scales))
+        )
         card.waits.clear()
-        found = ggml_grid.with_codes(type, blocks, moved)
-        assert sum(card.waits.values()) <= 3  # with Q8_0 and MXFP4 the order of their codes goes there
-    assert there == [(OnCard, OnCard)]
-    np.testing.assert_array_equal(found, expected)
+        found = ggml_grid.supers(type, moved)
+        made = ggml_grid.with_codes(type, ggml_grid.with_supers(type, moved, *turned), joined)
+        assert sum(card.waits.values()) <= 3 + 2 * (type is DType.MXFP4), card.waits  # and tables that go there
+        assert isinstance(made, OnCard) and isinstance(ggml_grid.codes(type, moved), OnCard)
+        assert all(isinstance(one, OnCard) for one in (*found, *found.grid()) if one is not None)
+        assert np.array_equal(found.d.cpu().numpy().T, factors.d)
+        np.testing.assert_array_equal(made.cpu().numpy(), expected)
 
 
 @each_type
 @pytest.mark.parametrize("shape", [(0, COLS), (3, 0)])
 def test_nothing_is_nothing(type: DType, shape: tuple[int, int]) -> None:
     blocks = np.empty((shape[0], type.row_bytes(shape[1])), np.uint8)
-    codes = ggml_grid.codes(type, blocks)
+    codes = codes_of(type, blocks)
     assert codes.shape == shape and with_codes(type, blocks, codes).shape == blocks.shape
-    d, dmin, scales, mins = ggml_grid.supers(type, blocks)
-    assert scales.shape == ggml_grid.grid(type, blocks)[0].shape == (shape[0], shape[1] // ggml_grid.group(type))
-    assert ggml_grid.with_supers(type, blocks, d, dmin).shape == blocks.shape
-    if type in WITH_SUBS:
-        assert ggml_grid.with_subs(type, blocks, scales, mins).shape == blocks.shape
+    d, dmin, scales, _ = supers_of(type, blocks)
+    assert scales.shape == grid_of(type, blocks)[0].shape == (shape[0], shape[1] // ggml_grid.group(type))
+    assert with_supers(type, blocks, d, dmin).shape == blocks.shape
 
 
 @each_type
 def test_scales_that_are_no_f16_are_refused(type: DType) -> None:
     """A refit divides 0 by 0 where a block is zero; one NaN in a file makes NaN of every token."""
     blocks = encode(rows("zero"), DType.F32, type)
-    good, dmin = ggml_grid.supers(type, blocks)[:2]
+    good, dmin = supers_of(type, blocks)[:2]
     for wrong in (np.nan, np.inf, -np.inf, 65520.0, -65520.0) if F16[type] else (np.nan, np.inf, -1e-3, 2.0**126 * 1.5):
         bad = good.copy()
         bad[3, 1] = wrong
         with pytest.raises(TensorError, match=r"^d of .*beyond"):
-            ggml_grid.with_supers(type, blocks, bad, dmin)
+            with_supers(type, blocks, bad, dmin)
         if dmin is not None:
             with pytest.raises(TensorError, match=r"^dmin of .*beyond"):
-                ggml_grid.with_supers(type, blocks, good, bad)
+                with_supers(type, blocks, good, bad)
     largest = 65519.99 if F16[type] else 2.0**126 * 1.499
-    new = ggml_grid.with_supers(type, blocks, np.full_like(good, largest), dmin)
-    assert (ggml_grid.supers(type, new).d == (65504 if F16[type] else 2.0**126)).all()
+    new = with_supers(type, blocks, np.full_like(good, largest), dmin)
+    assert (supers_of(type, new).d == (65504 if F16[type] else 2.0**126)).all()
 
 
 def test_what_is_below_mxfp4s_powers_takes_the_least() -> None:
     blocks = random_blocks(DType.MXFP4)
-    d = ggml_grid.supers(DType.MXFP4, blocks).d.copy()
+    d = supers_of(DType.MXFP4, blocks).d.copy()
     d[0, :6] = 0, 1e-45, 2.0**-128, 2.0**-127, 2.0**-128 * 1.5, 2.0**-128 * 1.49
-    new = ggml_grid.with_supers(DType.MXFP4, blocks, d)
+    new = with_supers(DType.MXFP4, blocks, d)
     np.testing.assert_array_equal(new.reshape(SHAPE[0], -1, 17)[0, :6, 0], [0, 0, 0, 1, 1, 0])
 
 
 @each_type
 def test_what_does_not_fit_is_refused(type: DType) -> None:
     blocks, codes = random_blocks(type), random_codes(type)
-    supers = ggml_grid.supers(type, blocks)
+    supers = supers_of(type, blocks)
     for wrong in (blocks[:, :-1], blocks[0], blocks.astype(np.int8)):
         with pytest.raises(MixtoolsError, match="bytes"):
-            ggml_grid.codes(type, wrong)
+            codes_of(type, wrong)
         with pytest.raises(MixtoolsError, match="bytes"):
-            ggml_grid.grid(type, wrong)
+            grid_of(type, wrong)
     for wrong in (codes[:, :-1], codes[:-1], codes.astype(np.int32)):
         with pytest.raises(MixtoolsError, match="codes are as many uint8"):
             with_codes(type, blocks, wrong)
@@ -310,34 +317,10 @@ def test_what_does_not_fit_is_refused(type: DType) -> None:
         with pytest.raises(MixtoolsError, match=f"codes, and none is {codes[-1, -1]}"):
             with_codes(type, blocks, codes)
     for wrong in (supers.d[:, 1:], supers.d.view(np.int32)):
-        with pytest.raises(MixtoolsError, match="d of .* is floats"):
-            ggml_grid.with_supers(type, blocks, wrong, supers.dmin)
+        with pytest.raises(MixtoolsError, match="d of .* is torch.float32"):
+            with_supers(type, blocks, wrong, supers.dmin)
     with pytest.raises(MixtoolsError, match="dmin"):
-        ggml_grid.with_supers(type, blocks, supers.d, supers.d if supers.dmin is None else None)
-
-
-@each_type
-def test_sub_scales_that_do_not_fit_are_refused(type: DType) -> None:
-    blocks = random_blocks(type)
-    _, _, scales, mins = ggml_grid.supers(type, blocks)
-    if type not in WITH_SUBS:
-        with pytest.raises(MixtoolsError, match="no sub-scales"):
-            ggml_grid.with_subs(type, blocks, scales, mins)
-        return
-    low, high = ggml_grid._KINDS[type].bounds
-    for value in (low - 1, high + 1):
-        wrong = scales.astype(np.int64)
-        wrong[2, 3] = value
-        with pytest.raises(MixtoolsError, match=f"from {low} to {high}"):
-            ggml_grid.with_subs(type, blocks, wrong, mins)
-        if mins is not None:
-            with pytest.raises(MixtoolsError, match=f"from {low} to {high}"):
-                ggml_grid.with_subs(type, blocks, scales, wrong)
-    for wrong in (scales[:, 1:], scales.astype(np.float32)):
-        with pytest.raises(MixtoolsError, match="are integers"):
-            ggml_grid.with_subs(type, blocks, wrong, mins)
-    with pytest.raises(MixtoolsError, match="sub-minima"):
-        ggml_grid.with_subs(type, blocks, scales, scales if mins is None else None)
+        with_supers(type, blocks, supers.d, supers.d if supers.dmin is None else None)
 
 
 @each_type
@@ -347,7 +330,7 @@ def test_what_is_no_number_is_seen_in_the_grid(type: DType) -> None:
         for bits in (0x7C00, 0x7E00, 0x7C01):
             blocks = random_blocks(type)
             blocks[0, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
-            scale, least = ggml_grid.grid(type, blocks)
+            scale, least = grid_of(type, blocks)
             assert not (np.isfinite(scale[0]) & np.isfinite(least[0])).all()
             assert np.isfinite(scale[1:]).all() and np.isfinite(least[1:]).all()
 
@@ -355,6 +338,6 @@ def test_what_is_no_number_is_seen_in_the_grid(type: DType) -> None:
 def test_mxfp4s_last_exponent_is_read_as_ggml_does_and_not_written() -> None:
     blocks = random_blocks(DType.MXFP4)
     blocks[2, 17] = 255
-    assert_same_bits(values(DType.MXFP4, blocks, ggml_grid.codes(DType.MXFP4, blocks)), by_gguf(DType.MXFP4, blocks))
+    assert_same_bits(values(DType.MXFP4, blocks, codes_of(DType.MXFP4, blocks)), by_gguf(DType.MXFP4, blocks))
     with pytest.raises(TensorError, match="beyond"):
-        ggml_grid.with_supers(DType.MXFP4, blocks, ggml_grid.supers(DType.MXFP4, blocks).d)
+        with_supers(DType.MXFP4, blocks, supers_of(DType.MXFP4, blocks).d)

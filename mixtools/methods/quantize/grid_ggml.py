@@ -18,7 +18,6 @@ from ...formats import Ggml, Packed, ggml_grid
 from ...ops.encode import encode
 from ...ops.gpu import able
 from ...storage.dtypes import DType
-from ...storage.store import Bits
 from .grid import Fitted, Grid
 
 _LEAST_POWER = 1e-6  # of the mean: a block of columns that nothing reached is still encoded
@@ -62,16 +61,12 @@ class Blocks:
         found = ggml_grid.supers(self.type, blocks)
         levels = ggml_grid.levels(self.type)
         even = bool((np.diff(levels) == 1).all())
-
-        def turned(part: np.ndarray) -> Tensor:
-            return torch.from_numpy(part).to(weights.device).T.float().contiguous()
-
         scale, least = found.grid()
         return BlockGrid(
-            ggml_grid.group(self.type), turned(scale), turned(least), int(levels[0]) if even else 0, len(levels),
-            None if even else torch.from_numpy(levels).to(weights.device), blocks=torch.from_numpy(blocks),
-            supers=tuple(turned(part) for part in (found.d, found.dmin) if part is not None),
-            subs=tuple(turned(part) for part in (found.scales, found.mins) if part is not None),
+            ggml_grid.group(self.type), scale, least, int(levels[0]) if even else 0, len(levels),
+            None if even else torch.from_numpy(levels).to(weights.device), blocks=blocks,
+            supers=tuple(part for part in (found.d, found.dmin) if part is not None),
+            subs=tuple(part.float() for part in (found.scales, found.mins) if part is not None),
         )  # fmt: skip
 
     def scales(self, grid: Grid, codes: Tensor, first: int) -> Iterator[Fitted]:
@@ -98,24 +93,21 @@ class Blocks:
         made = []
         for grid, codes in parts:
             assert isinstance(grid, BlockGrid)
-            blocks = grid.blocks.numpy()
-            if self.span:
-                factors = [one.T.contiguous().cpu().numpy() for one in grid.supers]
-                blocks = ggml_grid.with_supers(self.type, blocks, *factors)
-            made.append(ggml_grid.with_codes(self.type, blocks, codes.T))
-        return Packed(self.format, (torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made, axis=1)),))
+            blocks = ggml_grid.with_supers(self.type, grid.blocks, *grid.supers) if self.span else grid.blocks
+            made.append(ggml_grid.with_codes(self.type, blocks, codes).cpu())
+        return Packed(self.format, (made[0] if len(made) == 1 else torch.cat(made, 1),))
 
 
-def _encoded(rows: Tensor, type: DType, importance: Tensor) -> Bits:
+def _encoded(rows: Tensor, type: DType, importance: Tensor) -> Tensor:
     """Blocks of rows, fp32: made where they lie, on a card that has kernels of the type; the bytes are the same."""
     if rows.device.type != "cpu" and able.problem(rows.device) is None:
         from ...ops.gpu import encoding
 
         if type in encoding.ENCODED:
-            made: Bits = encoding.encode(rows, type, importance).cpu().numpy()
-            return made
+            return encoding.encode(rows, type, importance)
     given = np.ascontiguousarray(importance.cpu().numpy())
-    return encode(rows.cpu().numpy(), DType.F32, type, given, threads=torch.get_num_threads())
+    made = encode(rows.cpu().numpy(), DType.F32, type, given, threads=torch.get_num_threads())
+    return torch.from_numpy(made).to(rows.device)
 
 
 def _half(value: Tensor) -> Tensor:
