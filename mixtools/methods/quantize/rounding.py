@@ -115,8 +115,10 @@ def lost(trials: Sequence[Trial]) -> Tensor:
 
     _walk(found, ordered, errors, rounded)
     added = torch.tensor([trial.added for trial in trials], dtype=torch.float64, device=scales.device)
-    squares = errors.square_().view(*errors.shape[:2], each, out).sum((0, 3), dtype=torch.float64)
-    return total - added[:, None] * squares
+    for part in torch.split(errors, BLOCK):  # a sum of float64 takes a copy of so many digits
+        squares = part.square_().view(len(part), len(trials), each, out).sum((0, 3), dtype=torch.float64)
+        total.sub_(squares.mul_(added[:, None]))
+    return total
 
 
 def _walk(

@@ -100,19 +100,18 @@ class Worker:
         With the order and the damping of a Hessian as it is (`found`): then no try needs a factor of its own. What is
         alike is rounded together where there is a card.
         """
-        total = [0.0] * len(scales)
-        trials = []
+        total, trials = [0.0] * len(scales), []
+        for _, readers in itertools.groupby((one for one in tried if one.found is None), lambda one: id(one.hessian)):
+            errors = self._nearest([*readers], scales)
+            total = [before + error for before, error in zip(total, errors, strict=True)]
         for one in tried:
-            own, weights = scales[:, one.columns], spread(one.weights, ROWS_TRIED)
-            with _of(one.slot):
-                if one.found is None:
-                    errors = [self._nearest(one, weights, scale) for scale in own]
-                    total = [before + error for before, error in zip(total, errors, strict=True)]
-                    continue
+            if one.found is not None:
+                own, weights = scales[:, one.columns], spread(one.weights, ROWS_TRIED)
                 scheme, power = self.method.scheme(one.slot), one.hessian.diagonal()
-                grids = [scheme.grid(weights * scale[:, None], power / scale.square()) for scale in own]
-            added = one.found.damping * float(power.mean(dtype=torch.float64))
-            trials.append((one.slot, Trial(weights, one.found, added, own, grids)))
+                with _of(one.slot):
+                    grids = [scheme.grid(weights * scale[:, None], power / scale.square()) for scale in own]
+                added = one.found.damping * float(power.mean(dtype=torch.float64))
+                trials.append((one.slot, Trial(weights, one.found, added, own, grids)))
         for _, alike in itertools.groupby(trials, lambda one: (self.method.scheme(one[0]), one[1].kind)):
             for batch in _batches([*alike]):
                 lost = rounding.lost([trial for _, trial in batch]).tolist()
@@ -122,11 +121,17 @@ class Worker:
                     total = [before + error for before, error in zip(total, errors, strict=True)]
         return total
 
-    def _nearest(self, one: Tried, weights: Tensor, scale: Tensor) -> float:
-        whole, power = matrix.scaled(one.hessian, scale), one.hessian.diagonal() / scale.square()
-        scheme, options = self.method.scheme(one.slot), self.method.options
-        made = matrix.quantize(weights * scale[:, None], power, scheme, options, None, hessian=whole)
-        return energy(one.hessian, made.errors / scale[:, None])
+    def _nearest(self, readers: Sequence[Tried], scales: Tensor) -> Iterator[float]:
+        """The same of matrices with one Hessian, each weight rounded by itself."""
+        hessian, options = readers[0].hessian, self.method.options
+        for scale in scales[:, readers[0].columns]:
+            whole, power, total = matrix.scaled(hessian, scale), hessian.diagonal() / scale.square(), 0.0
+            for slot, weights, *_ in readers:
+                few = spread(weights, ROWS_TRIED) * scale[:, None]
+                with _of(slot):
+                    made = matrix.quantize(few, power, self.method.scheme(slot), options, None, hessian=whole)
+                total += energy(hessian, made.errors / scale[:, None])
+            yield total
 
     def round(self, slot: Slot, weights: Tensor, hessian: Hessian, found: Factor | None) -> tuple[Rounded, Row]:
         """A matrix [in, out], or a run of its columns, and what the report says of it. Raises as matrix.quantize."""
