@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -200,8 +200,12 @@ def read(case: Case) -> Code:
         spilled = found["private_segment_fixed_size"] + 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
         registers, names = found["vgpr_count"], Counter(line.split()[0] for line in lines)
         wide = sum(count for name, count in names.items() if name == "global_load_dwordx4")
-        return Code(registers, spilled, made.metadata.shared, **told, wide_loads=wide, weights=0, loop={},
-                    whole=dict(names), texts={})  # fmt: skip
+        inside = Counter(line.split()[0] for line in loop(text, _AMD))
+        fused = sum(count * (2 if name.startswith("v_pk_") else 1) for name, count in inside.items()
+                    if re.match(r"v_(pk_)?fma(c|ak|mk)?_f32|v_fma_mix_f32", name))  # fmt: skip
+        weights = _weights(fused, case, plan, rows)
+        return Code(registers, spilled, made.metadata.shared, **told, wide_loads=wide, weights=weights,
+                    loop=dict(inside), whole=dict(names), texts={})  # fmt: skip
     registers, spilled, sass = disassembled(made.asm["cubin"])
     body, whole = loop(sass), [*instructions(sass)]
     names = Counter(line.split()[0] for line in body)
@@ -215,11 +219,21 @@ def read(case: Case) -> Code:
         "rounds to nearest": "cvt.rn.bf16" in made.asm["ptx"] and "cvt.rz.bf16" not in made.asm["ptx"],
     }
     fused = sum(name.count("FFMA") * (1 + name.startswith("FFMA2")) for name in (line.split()[0] for line in body))
-    weights, rest = divmod(fused, case.tokens + (plan.kind in FUSED)) if plan else (0, 0)
-    weights = weights if rest == 0 else 0
     short, all_short = (dict(Counter(line.split()[0].split(".")[0] for line in lines)) for lines in (body, whole))
-    return Code(registers, spilled, made.metadata.shared, **told, wide_loads=wide, weights=weights, loop=short,
-                whole=all_short, texts=texts)  # fmt: skip
+    return Code(registers, spilled, made.metadata.shared, **told, wide_loads=wide,
+                weights=_weights(fused, case, plan, rows), loop=short, whole=all_short, texts=texts)  # fmt: skip
+
+
+def _weights(fused: int, case: Case, plan: Any, rows: int) -> int:
+    """That so many fused multiply-adds multiply; 0 where they are no whole number, and on sm_100 and gfx942, which make
+    some products otherwise and some scales by them, whole turns of the loop as it was written."""
+    if not plan:
+        return 0
+    weights, rest = divmod(fused, case.tokens + (plan.kind in FUSED))
+    turn = rows * plan.unit
+    if case.target in ("sm_100", "gfx942") and turn:
+        return turn * max(1, round(weights / turn))
+    return 0 if rest else weights
 
 
 def disassembled(cubin: bytes) -> tuple[int, int, str]:
@@ -238,27 +252,42 @@ def _run(*command: Path | str) -> str:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(lines: str | Iterable[str]) -> Iterable[str]:
-    """Without addresses, predicates and what only fills the end up."""
+class Language(NamedTuple):
+    """How a machine code is written: patterns of an instruction, without address and predicate, of a label, of a branch
+    to one; how the name of a load from global memory begins."""
+
+    instruction: str
+    label: str
+    branch: str
+    load: str
+
+
+_NVIDIA = Language(
+    r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?((?!NOP).*?) ?;", r"(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", "LDG"
+)
+_AMD = Language(r"\t([a-z]\w*.*)", r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", "global_load")
+
+
+def instructions(lines: str | Iterable[str], language: Language = _NVIDIA) -> Iterable[str]:
+    """Without what only fills the end up."""
     for line in lines.splitlines() if isinstance(lines, str) else lines:
-        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?) ?;", line)
-        if found and not found[1].startswith("NOP"):
+        if found := re.match(language.instruction, line):
             yield found[1]
 
 
-def loop(sass: str) -> list[str]:
+def loop(text: str, language: Language = _NVIDIA) -> list[str]:
     """The instructions of the loop that loads most, of those that hold no other; all where there is none."""
-    lines = sass.splitlines()
-    labels = {found[1]: index for index, line in enumerate(lines) if (found := re.match(r"(\.L_x_\d+):", line))}
+    lines = text.splitlines()
+    labels = {found[1]: index for index, line in enumerate(lines) if (found := re.match(language.label, line))}
     spans = []
     for index, line in enumerate(lines):
-        found = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        found = re.search(language.branch, line)
         if found and labels[found[1]] < index:
             spans.append((labels[found[1]], index + 1))
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    bodies = [[*instructions(lines[first:last])] for first, last in inner]
-    loads = {count: body for body in bodies if (count := sum(name.startswith("LDG") for name in body))}
-    return loads[max(loads)] if loads else [*instructions(sass)]
+    bodies = [[*instructions(lines[first:last], language)] for first, last in inner]
+    loads = {count: body for body in bodies if (count := sum(name.startswith(language.load) for name in body))}
+    return loads[max(loads)] if loads else [*instructions(text, language)]
 
 
 class NoDriver:

@@ -66,6 +66,16 @@ def test_threads_keep_to_themselves_until_the_end(codes, case):
             assert not {*EXCHANGES} & code.loop.keys()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.kernel in OF_ROWS and case.tokens == 1], ids=str)
+def test_what_a_turn_multiplies_is_told_on_each_target(codes, case):
+    """What bounds follow from (scripts/bench/gpu_compiled.py): whole units of the rows, which the turn loads itself."""
+    code = codes[case]
+    turns, rest = divmod(code.weights, code.rows * code.unit)
+    assert turns and not rest
+    load = "global_load_dwordx4" if case.target == "gfx942" else "LDG"
+    assert code.loop[load] >= turns * code.rows
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.target != "gfx942" and case.x == "bfloat16"
                                   and (case.kernel, case.kind) != ("unpack", "bf16")
                                   and case.kernel != "attend"], ids=str)  # fmt: skip
