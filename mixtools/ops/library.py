@@ -30,6 +30,10 @@ def transpose(weight: Tensor, threads: int = 1) -> Tensor:
 
     A matrix whose rows are not dense is copied first. Raises MixtoolsError for what is no real matrix.
     """
+    return _transposed(weight, threads)
+
+
+def _transposed(weight: Tensor, threads: int) -> Tensor:
     _check_matrix(weight)
     result = weight.new_empty(weight.shape[::-1])
     rows = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -45,11 +49,13 @@ def _(weight: Tensor, threads: int = 1) -> Tensor:
 
 
 def turned(matrix: Tensor) -> Tensor:
-    """A matrix's transpose, contiguous, made where it lies; of bytes on a CPU in less than half of torch's own time."""
+    """A matrix's transpose, contiguous, made where it lies; of bytes on a CPU in less than half of torch's own time.
+
+    Not by way of the operation, whose first call takes more than a second: torch then imports its compiler.
+    """
     if matrix.device.type != "cpu":
         return matrix.T.contiguous()
-    made: Tensor = transpose(matrix, torch.get_num_threads())
-    return made
+    return _transposed(matrix, torch.get_num_threads())
 
 
 def dense(matrix: Tensor) -> Tensor:
@@ -69,10 +75,15 @@ def first_nonfinite(values: Tensor, threads: int = 1) -> Tensor:
 
     bfloat16, float16 or float32 of any shape; copied first if not contiguous. Raises MixtoolsError for other dtypes.
     """
+    return torch.tensor(nonfinite(values, threads))
+
+
+def nonfinite(values: Tensor, threads: int) -> int:
+    """The same as a number, and not by way of the operation (see `turned`)."""
     dtype = _check_weights(values)
     data = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
     index = cpu.first_nonfinite(data, dtype, threads=threads)
-    return torch.tensor(-1 if index is None else index)
+    return -1 if index is None else index
 
 
 @first_nonfinite.register_fake
