@@ -105,11 +105,32 @@ class Storing(Reader, Protocol):
 
     def format(self, slot: Slot) -> Format: ...
 
-    def maps(self, slot: Slot) -> bool:
-        """Whether it can stay in its file."""
-        ...
+    def packed(self, slot: Slot) -> Packed: ...
+
+
+@runtime_checkable
+class Mapping(Storing, Protocol):
+    """One of whose matrices some can stay in their file."""
+
+    def maps(self, slot: Slot) -> bool: ...
 
     def packed(self, slot: Slot, mapped: Mapped = Mapped.NOT) -> Packed: ...
+
+
+class _InFile:
+    """What a reader maps is had from it so."""
+
+    def __init__(self, reader: Mapping, how: Mapped) -> None:
+        self.config, self.slots, self.spec, self.read = reader.config, reader.slots, reader.spec, reader.read
+        self.format, self._packed, self._how = reader.format, reader.packed, how
+
+    def packed(self, slot: Slot) -> Packed:
+        return self._packed(slot, self._how)
+
+
+def in_file(reader: Reader, how: Mapped) -> Reader:
+    """The reader itself where nothing is to stay in its file."""
+    return _InFile(reader, how) if isinstance(reader, Mapping) and how is not Mapped.NOT else reader
 
 
 def type_of(reader: object, slot: Slot) -> Type | None:
@@ -124,15 +145,15 @@ def type_of(reader: object, slot: Slot) -> Type | None:
 
 def stays_in_file(reader: object, slot: Slot) -> bool:
     """Whether a product takes a matrix from where its file lies in memory."""
-    return type_of(reader, slot) is not None and isinstance(reader, Storing) and reader.maps(slot)
+    return type_of(reader, slot) is not None and isinstance(reader, Mapping) and reader.maps(slot)
 
 
-def read(reader: object, slot: Slot, mapped: Mapped = Mapped.NOT) -> Blocks | None:
+def read(reader: object, slot: Slot) -> Blocks | None:
     """None where a matrix has no blocks, or its parts turn out not to fit them. Raises what reading raises."""
     if (type := type_of(reader, slot)) is None or not isinstance(reader, Storing):
         return None
     try:
-        packed = reader.packed(slot, mapped)
+        packed = reader.packed(slot)
     except LayoutError:
         return None
     if not isinstance(type, Kind):

@@ -64,11 +64,9 @@ def copy(weight: Tensor, reader: Reader, slot: Slot) -> None:
     weight.copy_(reader.read(slot))
 
 
-def matrix(
-    reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool, mapped: Mapped = Mapped.NOT
-) -> Matrix:
+def matrix(reader: Reader, slot: Slot, device: torch.device, dtype: torch.dtype, *, packed: bool) -> Matrix:
     """A matrix of the reader: with `packed` as it is stored, where a product can take it so. Raises as `copy`."""
-    if packed and (found := blocks.read(reader, slot, mapped)) is not None:
+    if packed and (found := blocks.read(reader, slot)) is not None:
         return found
     weight = host.empty(reader.config.shape(slot.role), device, dtype)
     copy(weight, reader, slot)
@@ -82,11 +80,8 @@ class Embedding:
         self.table, self.device, self.dtype = table, device, dtype  # [V, D]
 
     @classmethod
-    def load(
-        cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False,
-        mapped: Mapped = Mapped.NOT,
-    ) -> Embedding:  # fmt: skip
-        return cls(matrix(reader, Slot(Role.EMBED), device, dtype, packed=packed, mapped=mapped), device, dtype)
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Embedding:
+        return cls(matrix(reader, Slot(Role.EMBED), device, dtype, packed=packed), device, dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
@@ -229,9 +224,7 @@ class Layer(Block):
 class PackedLayer(Block):
     """A layer each of whose matrices is what its file holds, where a product can take that."""
 
-    def __init__(
-        self, reader: Reader, index: int, device: torch.device, dtype: torch.dtype, mapped: Mapped = Mapped.NOT
-    ) -> None:
+    def __init__(self, reader: Reader, index: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(reader.config, index, device, dtype)
         self.matrices: dict[Slot, Matrix] = {}
         vectors = {Role.ATTENTION_NORM: self.attention_norm, Role.FFN_NORM: self.ffn_norm, Role.ROUTER: self.router}
@@ -239,7 +232,7 @@ class PackedLayer(Block):
             if slot.role in vectors:
                 copy(vectors[slot.role], reader, slot)
             else:
-                self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True, mapped=mapped)
+                self.matrices[slot] = matrix(reader, slot, device, dtype, packed=True)
 
     def packs(self, slot: Slot) -> bool:
         return isinstance(self.matrices.get(slot), blocks.Blocks)
@@ -278,14 +271,10 @@ class Head:
         self.config, self.norm, self.matrix = config, norm, matrix  # [D], [V, D]
 
     @classmethod
-    def load(
-        cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False,
-        mapped: Mapped = Mapped.NOT,
-    ) -> Head:  # fmt: skip
+    def load(cls, reader: Reader, device: torch.device, dtype: torch.dtype, *, packed: bool = False) -> Head:
         norm = torch.empty(reader.config.shape(Role.NORM), device=device, dtype=dtype)
         copy(norm, reader, Slot(Role.NORM))
-        weight = matrix(reader, Slot(Role.HEAD), device, dtype, packed=packed, mapped=mapped)
-        return cls(reader.config, norm, weight)
+        return cls(reader.config, norm, matrix(reader, Slot(Role.HEAD), device, dtype, packed=packed))
 
     def __call__(self, x: Tensor, observer: Observer | None = None) -> Tensor:
         """[.., D] -> [.., V] fp32. The result is the only large thing made; see `chunks` for more rows than fit."""
@@ -328,15 +317,10 @@ class Cache:
 
 
 class Mixtral:
-    """All parts in memory, on one device. See stream.py for a model larger than memory.
+    """All parts on one device; `mapped`: how those are had that stay in their file. See stream.py for larger ones."""
 
-    `mapped`: how matrices are had that stay in their file.
-    """
-
-    mapped = Mapped.NOT
-
-    def __init__(self, embedding: Embedding, layers: Sequence[Block], head: Head) -> None:
-        self.config, self.embedding, self.layers, self.head = head.config, embedding, layers, head
+    def __init__(self, embedding: Embedding, layers: Sequence[Block], head: Head, mapped: Mapped = Mapped.NOT) -> None:
+        self.config, self.embedding, self.layers, self.head, self.mapped = head.config, embedding, layers, head, mapped
 
     @property
     def device(self) -> torch.device:
@@ -368,19 +352,21 @@ class Mixtral:
         where = torch.device(device)
         packed = packed and where.type == "cpu" and any(blocks.type_of(reader, slot) for slot in reader.slots())
         mapped = budget.check(reader, dtype.itemsize, max_memory, packed=packed, beyond=beyond)
-        source = watched(reader, progress, lambda slot: budget.held_bytes(reader, [slot], dtype.itemsize, packed))
+        source = watched(
+            blocks.in_file(reader, mapped),
+            progress,
+            lambda slot: budget.held_bytes(reader, [slot], dtype.itemsize, packed),
+        )
         indices = range(reader.config.num_layers)
-        embedding = Embedding.load(source, where, dtype, packed=packed, mapped=mapped)
+        embedding = Embedding.load(source, where, dtype, packed=packed)
         layers: list[Block] = [
-            PackedLayer(source, index, where, dtype, mapped) if packed else Layer.load(source, index, where, dtype)
+            PackedLayer(source, index, where, dtype) if packed else Layer.load(source, index, where, dtype)
             for index in indices
         ]
-        head = Head.load(source, where, dtype, packed=packed, mapped=mapped)
+        head = Head.load(source, where, dtype, packed=packed)
         if progress:
             progress.finish()
-        made = cls(embedding, layers, head)
-        made.mapped = mapped
-        return made
+        return cls(embedding, layers, head, mapped)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, observer: Observer | None = None) -> Tensor:
         """ids [B, T] -> [B, T, D] after the last layer, before the final norm. Continues after what `cache` holds.

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..formats import Packed
-from ..layouts.reader import Mapped, Reader
+from ..layouts.reader import Reader
 from ..names import Slot
 from ..progress import Progress
 from .blocks import Storing
@@ -37,10 +37,10 @@ class _WatchedStore(_Watched):
 
     def __init__(self, reader: Storing, progress: Progress, size: Callable[[Slot], int]) -> None:
         super().__init__(reader, progress, size)
-        self.format, self.maps, self._packed = reader.format, reader.maps, reader.packed
+        self.format, self._packed = reader.format, reader.packed
 
-    def packed(self, slot: Slot, mapped: Mapped = Mapped.NOT) -> Packed:
-        return self._told(slot, self._packed(slot, mapped))
+    def packed(self, slot: Slot) -> Packed:
+        return self._told(slot, self._packed(slot))
 
 
 def watched(reader: Reader, progress: Progress | None, size: Callable[[Slot], int]) -> Reader:

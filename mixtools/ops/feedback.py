@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..errors import MixtoolsError
 from . import cpu
@@ -111,9 +111,9 @@ def _fake(  # noqa: PLR0917 (the same tensors, by position)
 
 # no custom_op, which takes ten times as long to come to its function: a layer of 8x7B has tens of thousands of blocks
 _OPERATION = "mixtools::round_block"
-torch.library.define(_OPERATION, torch.library.infer_schema(_round_block, mutates_args=("targets", "errors", "codes")))
-torch.library.impl(_OPERATION, "default", _round_block)
-torch.library.register_fake(_OPERATION, _fake)
+library.define(_OPERATION, library.infer_schema(_round_block, mutates_args=("targets", "errors", "codes")))
+library.impl(_OPERATION, "default", _round_block)
+library.register_fake(_OPERATION, _fake)
 
 
 def _round_by_kernel(block: Block, table: Tensor | None, count: int, low: int, threads: int) -> None:

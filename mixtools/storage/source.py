@@ -119,11 +119,16 @@ class Source:
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         try:
             self._maps[part].madvise(_POPULATE_READ, first, start + size - first)
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
-                why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-                raise InputError(why, file=self.paths[part]) from None
-            sum(memoryview(self._maps[part])[first : start + size : mmap.PAGESIZE])  # a system without: looks at them
+        except AttributeError:  # of a system that is not asked so
+            self._look_at(part, first, start + size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise InputError(f"cannot be read ({error.strerror})", file=self.paths[part]) from None
+            self._look_at(part, first, start + size)
+
+    def _look_at(self, part: int, first: int, last: int) -> None:
+        """At each page, which the system then reads."""
+        sum(memoryview(self._maps[part])[first : last : mmap.PAGESIZE])
 
     def close(self) -> None:
         self._maps.clear()  # closed with the last who looks at them

@@ -23,7 +23,7 @@ from mixtools.inference.generate import Options, generate
 from mixtools.inference.model import Layer, Mixtral, PackedLayer
 from mixtools.layouts.checkpoint import Checkpoint
 from mixtools.layouts.detect import open_checkpoint
-from mixtools.layouts.reader import Mapped, Spec
+from mixtools.layouts.reader import Spec
 from mixtools.names import Role, Slot
 from mixtools.ops import repack
 from mixtools.storage.dtypes import DType
@@ -164,10 +164,7 @@ class One:
     def format(self, slot: Slot) -> Format:
         return self._packed.format
 
-    def maps(self, slot: Slot) -> bool:
-        return False
-
-    def packed(self, slot: Slot, mapped: Mapped = Mapped.NOT) -> Packed:
+    def packed(self, slot: Slot) -> Packed:
         return self._packed
 
     def read(self, slot: Slot) -> Tensor:
@@ -299,7 +296,7 @@ def test_a_matrix_that_cannot_be_given_as_stored_is_widened(monkeypatch):
     one = One(format.encode(*grid(64, 512, 64, 4, (0, 15))), (64, 512))
     assert blocks.type_of(one, Slot(Role.Q, 0)) == repack.grouped(512, 4, 64)
 
-    def refuse(*_: object) -> Packed:
+    def refuse(slot: Slot) -> Packed:
         raise LayoutError("is stored rotary; only its values can be read")
 
     monkeypatch.setattr(one, "packed", refuse)

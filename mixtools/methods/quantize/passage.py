@@ -29,7 +29,7 @@ from ...inference.stream import Stream
 from ...layouts.checkpoint import Checkpoint
 from ...machine import give_back_memory
 from ...names import Slot, layer_slots
-from ...ops.library import nonfinite
+from ...ops import library
 from ...storage import disk
 from ...storage.output import Output
 from ...storage.store import Bits, as_bytes, from_tensor
@@ -123,7 +123,7 @@ class Passage:
         if layer is not None and self.source.spec(slot).dtype.torch() == self.stream.dtype:
             return layer.weight(slot).to(torch.float32, copy=True)
         weight = self.source.read(slot)
-        if (bad := nonfinite(weight, torch.get_num_threads())) >= 0:
+        if (bad := library.nonfinite(weight, torch.get_num_threads())) >= 0:
             raise self._not_finite(slot, weight.flatten()[bad], divmod(bad, weight.shape[-1]))
         return weight.to(self.stream.device).float()  # widened there: half the bytes on their way to a GPU
 

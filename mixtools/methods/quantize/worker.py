@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,10 +100,9 @@ class Worker:
         With the order and the damping of a Hessian as it is (`found`): then no try needs a factor of its own. What is
         alike is rounded together where there is a card.
         """
-        total, trials = [0.0] * len(scales), []
+        total, trials = np.zeros(len(scales)), []
         for _, readers in itertools.groupby((one for one in tried if one.found is None), lambda one: id(one.hessian)):
-            errors = self._nearest([*readers], scales)
-            total = [before + error for before, error in zip(total, errors, strict=True)]
+            total += [*self._nearest([*readers], scales)]
         for one in tried:
             if one.found is not None:
                 own, weights = scales[:, one.columns], spread(one.weights, ROWS_TRIED)
@@ -114,12 +113,12 @@ class Worker:
                 trials.append((one.slot, Trial(weights, one.found, added, own, grids)))
         for _, alike in itertools.groupby(trials, lambda one: (self.method.scheme(one[0]), one[1].kind)):
             for batch in _batches([*alike]):
-                lost = rounding.lost([trial for _, trial in batch]).tolist()
+                lost = rounding.lost([trial for _, trial in batch]).cpu().numpy()
                 for (slot, _), errors in zip(batch, lost, strict=True):
-                    if not all(map(math.isfinite, errors)):
+                    if not np.isfinite(errors).all():
                         raise SpectrumError(matrix.NOT_FINITE, tensor=slot)
-                    total = [before + error for before, error in zip(total, errors, strict=True)]
-        return total
+                    total += errors
+        return list(map(float, total))
 
     def _nearest(self, readers: Sequence[Tried], scales: Tensor) -> Iterator[float]:
         """The same of matrices with one Hessian, each weight rounded by itself."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ...errors import MixtoolsError
 from ...storage.dtypes import DType
@@ -84,7 +84,7 @@ def encode(rows: Tensor, type: DType, importance: Tensor | None = None) -> Tenso
     return out
 
 
-@torch.library.custom_op("mixtools::gpu_encode_blocks", mutates_args=())
+@library.custom_op("mixtools::gpu_encode_blocks", mutates_args=())
 def gpu_encode_blocks(rows: Tensor, type: str, importance: Tensor | None) -> Tensor:
     known, size = _check(rows, type, importance)
     x, weights = _dense(rows), None if importance is None else _dense(importance)
