@@ -6,8 +6,6 @@
 // which the hardware's own bf16 takes for zero.
 #pragma once
 
-#include <cstddef>
-
 #include "grouped.h"
 
 namespace mixtools::blocks {
@@ -129,14 +127,6 @@ struct PlainCodes {
 };
 
 #if MIXTOOLS_X86
-
-constexpr int64_t AHEAD = 4096;  // bytes that are asked for before they are needed
-
-// Of a row of blocks that is read in order, as many bytes as this one has, so far ahead.
-template <typename Block> MIXTOOLS_INLINE void ask_ahead(const Block& block) {
-    for (size_t line = 0; line < sizeof(Block); line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(&block) + AHEAD + line, _MM_HINT_T0);
-}
 
 struct Avx2Codes {
     static constexpr bool IRREGULAR = false;

@@ -10,6 +10,7 @@
 // are left than a bf16 of the result has.
 #pragma once
 
+#include "ahead.h"
 #include "codes.h"
 
 #if MIXTOOLS_AVX512_BF16

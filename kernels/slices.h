@@ -11,6 +11,7 @@
 // What is rounded are the sums of blocks, in fp32.
 #pragma once
 
+#include "ahead.h"
 #include "codes.h"
 
 #if MIXTOOLS_X86
