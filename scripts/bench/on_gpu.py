@@ -266,25 +266,39 @@ def encode(small: bool) -> dict[str, Any]:
 
 
 def spectra(small: bool) -> dict[str, Any]:
-    """An expert matrix's singular values for LASER, and its decomposition, against this machine's CPU."""
+    """The singular values of a layer's expert matrices for LASER, taken together, and one rebuilt at a lower rank,
+    against this machine's CPU, which takes one after the other."""
+    from mixtools.linalg.gram import gram
     from mixtools.linalg.spectrum import decompose, decompose_batch, spectrum
 
-    shape = (24, 64) if small else (14336, 4096)
-    weight = (torch.randn(shape) * 0.02).to(torch.bfloat16)
-    there = weight.to(DEVICE)
-    found: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "target_ratio": 20}
-    runs = {"spectrum": spectrum, "decomposition": decompose}
-    for name, run in runs.items():
-        found[name] = {"seconds_a_matrix": seconds_of(partial(run, there), least=0.1)}
-        tell(found)
-    together = seconds_of(lambda: decompose_batch([there] * 3), least=0.1)
-    found["decomposition"]["seconds_a_matrix_of_three_together"] = together / 3
-    for name, run in runs.items():
-        began = time.perf_counter()
-        run(weight)
-        cpu = time.perf_counter() - began
-        found[name] |= {"cpu_seconds_a_matrix": cpu, "ratio": cpu / found[name]["seconds_a_matrix"]}
-        tell(found)
+    shape, count, rank = ((24, 64), 2, 5) if small else ((14336, 4096), 24, 1024)
+    weights = [(torch.randn(shape, device=DEVICE) * 0.02).to(torch.bfloat16) for _ in range(count)]
+    alone = weights[0].cpu()
+    found: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "matrices_together": count, "target_ratio": 20}
+    found["spectrum"] = {"seconds_a_matrix": seconds_of(lambda: decompose_batch(weights), least=0.1) / count}
+    tell(found)
+    found["spectrum"] |= {
+        "seconds_by_itself": seconds_of(lambda: spectrum(weights[0]), least=0.1),
+        "gram_seconds": seconds_of(lambda: gram(weights[0]), least=0.1),
+    }
+    some = decompose_batch(weights[:2])[1]
+    found["rebuilt"] = {"rank": rank, "seconds_beside_spectrum": seconds_of(lambda: some.project(rank), least=0.1)}
+    tell(found)
+    began = time.perf_counter()
+    values = spectrum(alone).values
+    cpu = time.perf_counter() - began
+    ours = decompose_batch(weights[:2])[0]
+    found["spectrum"] |= {
+        "cpu_seconds_a_matrix": cpu, "ratio": cpu / found["spectrum"]["seconds_a_matrix"],
+        "farthest_from_cpu": float(abs(ours.values - values).max() / values[0]),
+    }  # fmt: skip
+    tell(found)
+    began = time.perf_counter()
+    theirs = decompose(alone).project(rank, torch.float64)
+    cpu = time.perf_counter() - began
+    whole = found["spectrum"]["seconds_a_matrix"] + found["rebuilt"]["seconds_beside_spectrum"]
+    far = (ours.project(rank, torch.float64).cpu() - theirs).abs().max() / theirs.abs().max()
+    found["rebuilt"] |= {"cpu_seconds_a_matrix": cpu, "ratio": cpu / whole, "farthest_from_cpu": float(far)}
     return found
 
 

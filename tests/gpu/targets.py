@@ -200,7 +200,7 @@ def read(case: Case) -> Code:
         spilled = found["private_segment_fixed_size"] + 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
         registers, names = found["vgpr_count"], Counter(line.split()[0] for line in lines)
         wide = sum(count for name, count in names.items() if name == "global_load_dwordx4")
-        inside = Counter(line.split()[0] for line in loop(text, _AMD))
+        inside = Counter(line.split()[0] for line in loop(text, AMD))
         fused = sum(count * (2 if name.startswith("v_pk_") else 1) for name, count in inside.items()
                     if re.match(r"v_(pk_)?fma(c|ak|mk)?_f32|v_fma_mix_f32", name))  # fmt: skip
         weights = _weights(fused, case, plan, rows)
@@ -265,7 +265,7 @@ class Language(NamedTuple):
 _NVIDIA = Language(
     r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?((?!NOP).*?) ?;", r"(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", "LDG"
 )
-_AMD = Language(r"\t([a-z]\w*.*)", r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", "global_load")
+AMD = Language(r"\t([a-z]\w*.*)", r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", "global_load")
 
 
 def instructions(lines: str | Iterable[str], language: Language = _NVIDIA) -> Iterable[str]:

@@ -23,6 +23,8 @@ from mixtools.inference.model import Cache, Mixtral
 from mixtools.inference.step import Step
 from mixtools.inference.stream import Stream
 from mixtools.layouts.detect import open_checkpoint
+from mixtools.linalg import eigen
+from mixtools.linalg.gram import gram
 from mixtools.ops import cpu, feedback
 from mixtools.ops.encode import encode
 from mixtools.ops.feedback import Block
@@ -266,6 +268,35 @@ def test_rounding_is_a_cpus(levels, columns, cpus_kernels):
     feedback._round_on_gpu(ours, *feedback._checked_levels(levels))
     for name in ("targets", "errors", "codes"):
         assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1100, 700), 3), ((512, 512), 1)] if CARD else [((14, 10), 2)])
+def test_spectra_are_a_cpus(shape, count):
+    random = torch.Generator().manual_seed(9)
+    weights = [torch.randn(shape, generator=random).to(torch.bfloat16) for _ in range(count)]
+    solved = eigen.on_card(torch.stack([gram(weight).tril() for weight in weights]).to(DEVICE))
+    for weight, found in zip(weights, solved, strict=True):
+        order, wanted = min(shape), eigen.decompose(gram(weight))
+        assert float((found.values - wanted.values).abs().max()) < 1e-15 * order * float(wanted.values[-1])
+        for start, stop in ((order - order // 3, order), (0, order // 2)):
+            ours, theirs = found.vectors(start, stop).cpu(), wanted.vectors(start, stop)
+            assert float((ours @ ours.T - theirs @ theirs.T).abs().max()) < 1e-9
+
+
+@needs_card
+@pytest.mark.parametrize(
+    "options", [{"layers": "all"}, {"layers": "1", "rank_rule": "rho=0.1", "factored": True}], ids=str
+)
+def test_a_reduced_model_is_that_of_a_cpu(options, tmp_path):
+    made = []
+    for device in ("cpu", DEVICE):
+        mixtools.laser(NANO, tmp_path / device, device=device, **options)
+        report = json.loads((tmp_path / device / "laser-report.json").read_text("utf-8"))
+        made.append([(row["tensor"], row["rank"]) for row in report["matrices"]])
+    assert made[0] == made[1]
+    ids = [torch.randint(2048, (50,), generator=torch.Generator().manual_seed(3))]
+    theirs, ours = (Stream(open_checkpoint(tmp_path / device)).hidden(ids).rows(0, 50) for device in ("cpu", DEVICE))
+    assert of_range(ours, theirs) < 1e-2
 
 
 @needs_card

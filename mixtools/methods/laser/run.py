@@ -3,13 +3,14 @@
     slots ─► read ─► spectrum ─► rank (rule) ─► rebuilt, or A and B ─► layout D
                         └─► a row of laser-report.json, kept in the journal until the end
 
-One matrix at a time is decomposed; all that is not chosen is copied byte for byte meanwhile.
+One matrix at a time is decomposed, on a GPU those of a layer; all that is not chosen is copied byte for byte meanwhile.
 
 method.py     the arithmetic of one matrix     figures.py    what is found in it
 selection.py  which matrices, and options      worker.py     one matrix of a checkpoint
 survey.py     ranks before the output          budget.py     ranks that share a budget of bytes
 sequential.py inputs from reduced layers       forecast.py   memory and time
-report.py     what is told                     search/       edits that a text says help
+report.py     what is told                     together.py   matrices of a layer at once
+search/       edits that a text says help
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def plan_laser(
         slots = [slot for slot in slots if slot in known.ranks]
     if calibration is not None:
         calibration.slots = tuple(slots)  # what stays whole is not looked at again
-    edit = Edit(Worker(source, method, device or torch.device("cpu"), calibration), options, known)
+    worker = Worker(source, method, device or torch.device("cpu"), calibration)
+    worker.expect(slots)
+    edit = Edit(worker, options, known)
     if isinstance(calibration, Sequential):
         calibration.reduce = lambda slot: edit.result(slot).dense
     formats = _factored(source, slots, known) if options.factored else {}

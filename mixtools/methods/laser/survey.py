@@ -55,7 +55,7 @@ def survey(worker: Worker, slots: Sequence[Slot], progress: Progress | None = No
     def look(slot: Slot) -> Row:
         return worker.row(slot, worker.scan(slot))
 
-    rows = dict(_each(slots, look, progress, kept))
+    rows = dict(_each(worker, slots, look, progress, kept))
     return Survey({slot: int(row["rank"]) for slot, row in rows.items()}, rows)
 
 
@@ -69,7 +69,7 @@ def rank_survey(
         with located(worker.source, slot):
             return report_of(found, worker.method).rank
 
-    return Survey(dict(_each(slots, look, progress, kept)), {})
+    return Survey(dict(_each(worker, slots, look, progress, kept)), {})
 
 
 def budget_survey(
@@ -92,7 +92,7 @@ def budget_survey(
     stored = {slot: worker.source.spec(slot) for slot in slots}
     shapes = {slot: (spec.shape[0], spec.shape[1]) for slot, spec in stored.items()}
     check([(shapes[slot], stored[slot].dtype.itemsize) for slot in slots], *shares)
-    found = dict(_each(slots, look, progress, kept))
+    found = dict(_each(worker, slots, look, progress, kept))
     matrices = {}
     for slot in slots:
         lost = np.frombuffer(base64.b64decode(found[slot]["lost"]))
@@ -137,10 +137,11 @@ def check_rank(source: Checkpoint, slot: Slot, rank: int) -> None:
 
 
 def _each(
-    slots: Sequence[Slot], look: Callable[[Slot], Found], progress: Progress | None, kept: Kept | None
+    worker: Worker, slots: Sequence[Slot], look: Callable[[Slot], Found], progress: Progress | None, kept: Kept | None
 ) -> Iterator[tuple[Slot, Found]]:
     """What is seen of each, but for those that an earlier run has seen."""
     progress, kept = progress or Silent(), kept or Noted()
+    worker.expect(slot for slot in slots if str(slot) not in kept.found)
     progress.start("spectra", len(slots), "matrices")
     for slot in slots:
         if str(slot) not in kept.found:

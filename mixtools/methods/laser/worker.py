@@ -1,8 +1,9 @@
-"""One matrix at a time: read, decomposed in the norm that was asked for, and told of."""
+"""One matrix at a time, or on a GPU some: read, decomposed in the norm that was asked for, and told of."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from ...linalg.spectrum import Spectrum
 from ...names import Slot
 from . import report as pages
 from .figures import OUTPUT, Report
-from .method import Analysis, Options, analyse, look, scan, spectrum_in_norm
+from .method import Analysis, Options, analyse, look, report_of, scan, spectrum_in_norm
+from .together import Together, fits
 
 Row = dict[str, Any]
 
@@ -27,22 +29,34 @@ class Worker:
     def __init__(self, source: Checkpoint, method: Options, device: torch.device, calibration: Calibration | None):
         self.source, self.method, self.device, self.calibration = source, method, device, calibration
         self.turn = threading.Lock()
+        self._together: Together | None = None
+
+    def expect(self, slots: Iterable[Slot]) -> None:
+        """That these will be asked for, each once, about in this order."""
+        if self.calibration is None and fits(self.method, self.device):
+            self._together = Together(self.source, slots, self.device)
 
     def analyse(self, slot: Slot) -> Analysis:
         """Raises SpectrumError, which names file and tensor, for NaN or Inf."""
         with located(self.source, slot):
+            if self._together is not None:
+                return Analysis(self._together.take(slot, self.weight))
             covariance = self.covariance(slot)  # a layer is in memory for it: the matrix comes after
             return analyse(self.weight(slot), self.method, covariance)
 
     def spectrum(self, slot: Slot) -> Spectrum:
         """Values alone, in the norm that was asked for. Raises as `analyse`."""
         with located(self.source, slot):
+            if self._together is not None:
+                return self._together.take(slot, self.weight)
             covariance = self.covariance(slot)
             return spectrum_in_norm(self.weight(slot), self.method, covariance)
 
     def scan(self, slot: Slot) -> Report:
         """Figures alone: with a text in full, without it the cheapest way."""
         with located(self.source, slot):
+            if self._together is not None:
+                return report_of(self._together.take(slot, self.weight), self.method)
             covariance = self.covariance(slot)
             if covariance is None:
                 return scan(self.weight(slot), self.method)

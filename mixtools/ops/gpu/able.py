@@ -45,4 +45,5 @@ def kernels() -> dict[str, list[str]]:
         "products": ["bf16", "fp16", "fp32", *four, "nf4", *blocks],
         "encoders": [type.value for type in encoding.ENCODED],
         "rounding": ["groups", "nf4", "int8", "every block type"],
+        "spectra": ["fp64"],
     }

@@ -184,3 +184,27 @@ _DECODERS = {
     "int4": _int4, "nf4": _nf4, "q8_0": _q8_0, "q2_k": _q2_k, "q3_k": _q3_k, "q4_k": _q4_k, "q5_k": _q5_k,
     "q6_k": _q6_k,
 }  # fmt: skip
+
+
+def tridiagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Symmetric [p, p] -> d [p], e, tau [p - 1], and reflectors as the rows of [p - 1, p] (symmetric.gpu_tridiagonal),
+    one column after the other."""
+    rest, order = matrix.clone(), len(matrix)
+    e, tau = matrix.new_zeros(2, order - 1)
+    reflectors = matrix.new_zeros(order - 1, order)
+    for column in range(order - 1):
+        x = rest[column + 1 :, column]
+        v, below = reflectors[column], float(x[1:].square().sum())
+        e[column], v[column + 1] = x[0], 1.0
+        if below > 0:
+            e[column] = -torch.copysign(torch.sqrt(x[0] ** 2 + below), x[0])
+            tau[column] = (e[column] - x[0]) / e[column]
+            v[column + 2 :] = x[1:] / (x[0] - e[column])
+        turned = rest - tau[column] * torch.outer(v, v @ rest)
+        rest = turned - tau[column] * torch.outer(turned @ v, v)
+    return rest.diagonal().clone(), e, tau, reflectors
+
+
+def tridiagonal_whole(d: Tensor, e: Tensor) -> Tensor:
+    """[p] and [p - 1] -> [p, p], of which the eigenvalues and vectors are meant."""
+    return torch.diag(d) + torch.diag(e, 1) + torch.diag(e, -1)
