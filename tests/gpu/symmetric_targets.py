@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from gpu.targets import AMD, TARGETS, NoDriver, disassembled, in_compiler, instructions, loop
+from gpu.targets import AMD, TARGETS, NoDriver, disassembled, in_compiler, instructions, loops
 from torch import Tensor
 
 from mixtools.ops.gpu import symmetric
@@ -34,12 +34,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Code:
-    """`loop`, `whole`: instructions by name, of the loop that loads most and of all. `spilled`: bytes."""
+    """`loops`, `whole`: instructions by name, of each loop that holds no other and of all. `spilled`: bytes."""
 
     registers: int
     spilled: int
     shared: int
-    loop: dict[str, int]
+    loops: list[dict[str, int]]
     whole: dict[str, int]
     texts: dict[str, bool]
 
@@ -60,7 +60,7 @@ def launched(case: Case) -> Launch:
 
     lanes = TARGETS[case.target][2]
     if case.kernel in ("form", "reflect"):
-        whole = symmetric.Reduction(empty(MATRICES, ORDER, ORDER))
+        whole = symmetric.Reduction(empty(MATRICES, ORDER, ORDER), lanes=lanes)
         return getattr(whole, case.kernel)(100, 96)  # type: ignore[no-any-return]
     every, some = empty(MATRICES, ORDER), empty(MATRICES)
     if case.kernel == "bisect":
@@ -85,8 +85,8 @@ def read(case: Case) -> Code:
         "loads 16 bytes": "ld.global.v2.b64" in ptx,
         "divides exactly": "div.rn.f64" in ptx and "div.full" not in ptx and "rcp.approx.ftz" not in ptx,
     }
-    of_loop, whole = (_counted(lines) for lines in (loop(sass), [*instructions(sass)]))
-    return Code(registers, spilled, made.metadata.shared, of_loop, whole, texts)
+    each, whole = [_counted(lines) for lines in loops(sass)], _counted([*instructions(sass)])
+    return Code(registers, spilled, made.metadata.shared, each, whole, texts)
 
 
 def _amd(made: Any) -> Code:
@@ -97,8 +97,8 @@ def _amd(made: Any) -> Code:
     texts = {"loads 16 bytes": names["global_load_dwordx4"] > 0, "divides exactly": names["v_div_fixup_f64"] > 0}
     # scalars that have no room lie in lanes of a vector register: no memory
     spilled = found["private_segment_fixed_size"] + 4 * found["vgpr_spill_count"]
-    inside = dict(Counter(line.split()[0] for line in loop(text, AMD)))
-    return Code(found["vgpr_count"], spilled, made.metadata.shared, inside, dict(names), texts)
+    each = [dict(Counter(line.split()[0] for line in lines)) for lines in loops(text, AMD)]
+    return Code(found["vgpr_count"], spilled, made.metadata.shared, each, dict(names), texts)
 
 
 def _counted(lines: Sequence[str]) -> dict[str, int]:

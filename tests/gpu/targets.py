@@ -275,8 +275,8 @@ def instructions(lines: str | Iterable[str], language: Language = _NVIDIA) -> It
             yield found[1]
 
 
-def loop(text: str, language: Language = _NVIDIA) -> list[str]:
-    """The instructions of the loop that loads most, of those that hold no other; all where there is none."""
+def loops(text: str, language: Language = _NVIDIA) -> list[list[str]]:
+    """The instructions of each loop that holds no other."""
     lines = text.splitlines()
     labels = {found[1]: index for index, line in enumerate(lines) if (found := re.match(language.label, line))}
     spans = []
@@ -285,7 +285,12 @@ def loop(text: str, language: Language = _NVIDIA) -> list[str]:
         if found and labels[found[1]] < index:
             spans.append((labels[found[1]], index + 1))
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    bodies = [[*instructions(lines[first:last], language)] for first, last in inner]
+    return [[*instructions(lines[first:last], language)] for first, last in inner]
+
+
+def loop(text: str, language: Language = _NVIDIA) -> list[str]:
+    """The instructions of the loop that loads most, of those that hold no other; all where there is none."""
+    bodies = loops(text, language)
     loads = {count: body for body in bodies if (count := sum(name.startswith(language.load) for name in body))}
     return loads[max(loads)] if loads else [*instructions(text, language)]
 

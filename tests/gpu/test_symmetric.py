@@ -15,7 +15,7 @@ from mixtools.linalg import eigen
 from mixtools.ops.gpu import reference, symmetric
 from mixtools.ops.gpu.symmetric import Reduction, Sizes
 
-SMALL = Sizes(width=4, rows=8, lines=4, columns=16)
+SMALL = Sizes(width=4, rows=8, lines=4, columns=16, together=2)
 
 
 def random_of(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +34,10 @@ def with_values(values: list[float] | Tensor, seed: int = 0) -> Tensor:
 
 
 def reduced(matrices: Tensor, sizes: Sizes = SMALL) -> Reduction:
+    """What is only written before it is read holds NaN."""
     made = Reduction(matrices.clone(), sizes)
+    for scratch in (made._x, made._products, made._dots, made._squares, made._across):
+        scratch.fill_(torch.nan)
     made.run()
     return made
 

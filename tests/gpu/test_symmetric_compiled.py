@@ -21,7 +21,8 @@ def test_nothing_is_spilled(codes, case):
     code = codes[case]
     assert code.spilled == 0
     assert not {"LDL", "STL"} & code.whole.keys()
-    assert code.registers <= {"form": 168, "reflect": 128}.get(case.kernel, 64), code.registers
+    bounds = {"form": 190, "reflect": 190}
+    assert code.registers <= bounds.get(case.kernel, 64), code.registers
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -38,12 +39,19 @@ def test_quotients_are_exact(codes, case):
 
 @pytest.mark.parametrize("case", OF_REST, ids=str)
 def test_the_rest_is_loaded_by_16_bytes_with_little_beside(codes, case):
-    """So that memory bounds it: of the 140 instructions and more a loaded 128 bytes that a card has time for."""
+    """Memory bounds it: of an H200 a multiprocessor gets 18.6 bytes a clock, and begins four instructions meanwhile."""
     code, amd = codes[case], case.target == "gfx942"
     assert code.texts["loads 16 bytes"]
-    products = code.loop["v_fmac_f64_e32" if amd else "DFMA"]
+    fused, product, load = (
+        ("v_fmac_f64_e32", "v_mul_f64", "global_load_dwordx4") if amd else ("DFMA", "DMUL", "LDG")
+    )  # fmt: skip
     sizes = Sizes()
-    assert products == sizes.lines * sizes.columns // (256 if amd else 128)
-    loads = code.loop["global_load_dwordx4" if amd else "LDG"]
-    assert loads >= products // 2
-    assert sum(code.loop.values()) / products < 8
+    items = sizes.lines * sizes.columns // 128  # of a thread
+    full = [loop for loop in code.loops if loop.get(fused, 0) == items <= loop.get(product, 0)]
+    assert len(full) == 2  # before the diagonal, and where that is
+    whole, last = sorted(full, key=lambda loop: sum(loop.values()))
+    assert whole[load] >= items // 2
+    of_warp = items * 8 * 32
+    assert sum(whole.values()) / of_warp < 0.25 * 4 / 18.6
+    exchanges = {"LDS", "STS", "BAR", "SHFL", "s_barrier", "ds_bpermute_b32", "v_mov_b32_dpp"}
+    assert not exchanges & whole.keys() and not exchanges & last.keys()

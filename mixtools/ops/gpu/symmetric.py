@@ -19,33 +19,37 @@ from .library import check_device
 _EPSILON = torch.finfo(torch.float64).eps
 # Halvings of the place where eigenvalues may lie: as wide as twice the largest, it becomes half a unit of its last.
 _TURNS = 56
+_THREADS = 128  # of a program of `form` and `reflect`: those that load 256 columns of a row by 16 bytes
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Of what a program works on; small ones are for tests. `width`: columns of a panel, whose lines a program of
-    `form` has in registers; `rows`: a program's, there; `lines`, `columns`: of the rest, in `reflect`, at a time."""
+    `form` has in registers; `rows`: a program's, there; `lines`, `columns`: of the rest, in `reflect`, at a time;
+    `together`: programs of that whose results `form` adds at a time."""
 
     width: int = 32
-    rows: int = 64
+    rows: int = 32
     lines: int = 8
     columns: int = 256
+    together: int = 64
 
 
 class Reduction:
     """Matrices [M, p, p] on their way to tridiagonal form, in their own memory."""
 
-    def __init__(self, matrices: Tensor, sizes: Sizes | None = None) -> None:
+    def __init__(self, matrices: Tensor, sizes: Sizes | None = None, lanes: int = launch.LANES) -> None:
         """`matrices`: fp64, dense, all of each."""
         self.matrices, self.sizes = matrices, sizes or Sizes()
+        self._warps = _THREADS // lanes
         count, order = matrices.shape[:2]
         self.order, width = order, self.sizes.width
-        self.parts = -(-order // self.sizes.lines)
+        parts = _power(-(-order // self.sizes.lines))
         self.d, self.e, self.tau = (matrices.new_zeros(count, order) for _ in range(3))
         self.panel = matrices.new_zeros(count, 2 * width, order)
         self._x = matrices.new_zeros(count, order)
         self._products = matrices.new_zeros(count, order + 2 * width)
-        self._dots = matrices.new_zeros(count, _power(self.parts))
+        self._dots, self._across = matrices.new_zeros(count, parts), matrices.new_empty(count, parts, order)
         self._squares = matrices.new_zeros(count, -(-order // self.sizes.rows))
 
     def run(self) -> None:
@@ -69,24 +73,28 @@ class Reduction:
         arguments = self._given(column, start) | {
             "d": self.d, "parts": -(-(order - column) // self.sizes.lines)
         }  # fmt: skip
-        constants = {"ORDER": order, "WIDTH": self.sizes.width, "ROWS": rows, "PARTS": self._dots.shape[1]}
+        constants = {
+            "ORDER": order, "WIDTH": self.sizes.width, "ROWS": rows, "LINES": self.sizes.lines,
+            "PARTS": self._dots.shape[1], "TOGETHER": self.sizes.together,
+        }  # fmt: skip
         grid = (-(-order // rows) - column // rows, len(self.matrices))
-        return Launch("form", grid, arguments, constants, "tridiagonal", 4)
+        return Launch("form", grid, arguments, constants, "tridiagonal", self._warps)
 
     def reflect(self, column: int, start: int) -> Launch:
         rows, lines, width, order = self.sizes.rows, self.sizes.lines, self.sizes.width, self.order
         arguments = self._given(column, start) | {"e": self.e, "parts": -(-order // rows) - column // rows}
         constants = {
-            "ORDER": order, "WIDTH": width, "ROWS": lines, "COLUMNS": self.sizes.columns,
+            "ORDER": order, "WIDTH": width, "LINES": lines, "COLUMNS": self.sizes.columns,
             "PARTS": self._dots.shape[1], "SQUARES": _power(self._squares.shape[1]),
         }  # fmt: skip
         grid = (-(-(order - column - 1) // lines) + -(-2 * width // lines), len(self.matrices))
-        return Launch("reflect", grid, arguments, constants, "tridiagonal", 4)
+        return Launch("reflect", grid, arguments, constants, "tridiagonal", self._warps)
 
     def _given(self, column: int, start: int) -> Arguments:
         return {
             "matrix": self.matrices, "panel": self.panel, "x": self._x, "products": self._products,
-            "dots": self._dots, "squares": self._squares, "tau": self.tau, "column": column, "start": start,
+            "across": self._across, "dots": self._dots, "squares": self._squares, "tau": self.tau,
+            "column": column, "start": start,
         }  # fmt: skip
 
 

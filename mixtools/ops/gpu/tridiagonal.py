@@ -18,34 +18,36 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["column", "start", "parts"])
 def form(
-    matrix, panel, x, products, dots, squares, d, tau, column, start, parts, ORDER: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr,
+    matrix, panel, x, products, across, dots, squares, d, tau, column, start, parts, ORDER: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Column `column` of what is left of a matrix, after those of its panel, which begins at `start`.
 
-    From `products` of the column before (what `reflect` leaves) comes its w first. matrix [M, ORDER, ORDER]; panel
-    [M, 2 WIDTH, ORDER]: v of its columns, then their w, which is stored; x [M, ORDER]: the column; dots [M, PARTS], of
-    which `parts` count; squares [M, programs]: sums of x² below the subdiagonal; d, tau [M, ORDER]. Programs: parts of
-    the rows, from that on which `column` is; M."""
+    From what `reflect` left of the column before comes its w first. matrix [M, ORDER, ORDER]; panel [M, 2 WIDTH,
+    ORDER]: v of its columns, then their w, which is stored; x [M, ORDER]: the column; products [M, ORDER + 2 WIDTH],
+    across [M, PARTS, ORDER] and dots [M, PARTS] of `parts` programs of LINES rows; squares [M, programs]: sums of x²
+    below the subdiagonal; d, tau [M, ORDER]. Programs: parts of the rows, from that on which `column` is; M."""
     part, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
     matrix += one * ORDER * ORDER
     panel += one * 2 * WIDTH * ORDER
     products += one * (ORDER + 2 * WIDTH)
+    across += one * PARTS * ORDER
     x += one * ORDER
-    row = (column // ROWS + part) * ROWS + tl.arange(0, ROWS)
+    top = (column // ROWS + part) * ROWS
+    row = top + tl.arange(0, ROWS)
     there = (row >= column) & (row < ORDER)
     item = tl.load(matrix + column.to(tl.int64) * ORDER + row, mask=there, other=0.0)
     last = column - start - 1  # of the panel's columns, the one whose w is made
     if last >= 0:
         line = tl.arange(0, 2 * WIDTH)
         other = (line + WIDTH) % (2 * WIDTH)  # of a v its w, of a w its v
-        known = line % WIDTH < last
-        seen = known[:, None] & there[None, :]
+        earlier = line % WIDTH < last
+        seen = earlier[:, None] & there[None, :]
         lines = tl.load(panel + line[:, None] * ORDER + row[None, :], mask=seen, other=0.0)
-        at_column = tl.load(panel + line * ORDER + column, mask=known, other=0.0)
-        at_other = tl.load(panel + other * ORDER + column, mask=known, other=0.0)
-        of_line = tl.load(products + ORDER + line, mask=known, other=0.0)
-        of_other = tl.load(products + ORDER + other, mask=known, other=0.0)
+        at_column = tl.load(panel + line * ORDER + column, mask=earlier, other=0.0)
+        at_other = tl.load(panel + other * ORDER + column, mask=earlier, other=0.0)
+        of_line = tl.load(products + ORDER + line, mask=earlier, other=0.0)
+        of_other = tl.load(products + ORDER + other, mask=earlier, other=0.0)
         count = tl.arange(0, PARTS)
         whole = tl.sum(tl.load(dots + one * PARTS + count, mask=count < parts, other=0.0), 0)
         # v' (A - V W' - W V') v, of which each of the two is the other's mirror image
@@ -54,10 +56,20 @@ def form(
         half = 0.5 * factor * whole
         v = tl.load(panel + last.to(tl.int64) * ORDER + row, mask=there, other=0.0)
         made = tl.load(products + row, mask=there, other=0.0) - tl.sum(lines * of_other[:, None], 0)
+        # of the rows below, which have this row's other half: those of its own program and of all after it
+        own = (row - column) // LINES
+        others = tl.zeros((TOGETHER, ROWS), tl.float64)
+        for at in range(tl.maximum(top - column, 0) // LINES, parts, TOGETHER):
+            under = at + tl.arange(0, TOGETHER)
+            known = (under < parts)[:, None] & (under[:, None] >= own[None, :]) & there[None, :]
+            others += tl.load(across + under[:, None] * ORDER + row[None, :], mask=known, other=0.0)
+        made += tl.sum(others, 0)
         w = factor * (made - half * v)
         tl.store(panel + (WIDTH + last).to(tl.int64) * ORDER + row, w, mask=there)
-        # v is 1 in the row of this column
-        w_here = factor * (tl.load(products + column) - tl.sum(at_column * of_other, 0) - half)
+        # v is 1 in the row of this column, below which are all the others
+        here = tl.load(products + column) - tl.sum(at_column * of_other, 0)
+        here += tl.sum(tl.load(across + count * ORDER + column, mask=count < parts, other=0.0), 0)
+        w_here = factor * (here - half)
         item -= tl.sum(lines * at_other[:, None], 0) + v * w_here + w
     tl.store(x + row, item, mask=there)
     tl.store(d + one * ORDER + row, item, mask=row == column)
@@ -66,35 +78,48 @@ def form(
 
 
 @triton.jit
-def _times(sums, base, row, x, first, alpha_at, scale, ORDER: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of what lies at `base`, all finite, times v, to the sums [ROWS, COLUMNS]. v is 0 before alpha_at, 1 there,
-    and then x times scale; `first`, a multiple of COLUMNS, is not behind alpha_at."""
-    lines = base + row.to(tl.int64)[:, None] * ORDER
-    for at in range(first, ORDER, COLUMNS):
+def _reflector(x, place, inside, after, scale):
+    """Of a column x some items of v: 0 before `after`, 1 there, and then x times scale."""
+    v = tl.load(x + place, mask=inside & (place > after), other=0.0) * scale
+    return tl.where(place == after, 1.0, v)
+
+
+@triton.jit
+def _times(sums, lines, across, v_row, row, begin, end, x, after, scale, ORDER: tl.constexpr, COLUMNS: tl.constexpr,
+           BELOW: tl.constexpr, CROSSES: tl.constexpr):  # fmt: skip
+    """To the sums [ROWS, COLUMNS], columns `begin` (a multiple of COLUMNS) to `end` of `lines`, all finite, times v.
+    BELOW: both are rows and columns of the rest, whose upper half stands in the lower one: across [ORDER] gets the
+    lines below the diagonal, turned, times v_row. CROSSES: the diagonal is here."""
+    for at in range(begin, end, COLUMNS):
         column = at + tl.arange(0, COLUMNS)
         inside = column < ORDER
-        v = tl.load(x + column, mask=inside & (column > alpha_at), other=0.0) * scale
-        v = tl.where(column == alpha_at, 1.0, v)
+        v = _reflector(x, column, inside, after, scale)
         if ORDER % COLUMNS == 0:
             part = tl.load(lines + column[None, :])
         else:
             part = tl.load(lines + column[None, :], mask=inside[None, :], other=0.0)
-        sums = tl.fma(part, v[None, :], sums)
-    return tl.sum(sums, 1)
+        if CROSSES:
+            sums = tl.fma(tl.where(column[None, :] <= row[:, None], part, 0.0), v[None, :], sums)
+            part = tl.where(column[None, :] < row[:, None], part, 0.0)
+        else:
+            sums = tl.fma(part, v[None, :], sums)
+        if BELOW:
+            tl.store(across + column, tl.sum(part * v_row[:, None], 0), mask=inside)
+    return sums
 
 
 @triton.jit(do_not_specialize=["column", "start", "parts"])
 def reflect(
-    matrix, panel, x, products, dots, squares, e, tau, column, start, parts, ORDER: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
+    matrix, panel, x, products, across, dots, squares, e, tau, column, start, parts, ORDER: tl.constexpr,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """The reflector v of a column x, I - tau v v', which leaves e of it; and the rest of the matrix times v.
 
     Tensors as in `form`; squares [M, parts]; e [M, ORDER]; v is stored in the matrix, as its row `column`, and in the
-    panel; products [M, ORDER + 2 WIDTH]: the rest's rows times v, then the panel's lines times v; dots [M, PARTS]: of
-    a program's rows of v times those of the products. Programs: the rest's rows by ROWS, then the panel's 2 WIDTH lines
-    by ROWS; M."""
-    part, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    panel. The rest is read up to its diagonal: products are of its rows as far as that, then of the panel's lines;
+    across [M, PARTS, ORDER]: of a program's rows, turned, before the diagonal; dots: of v times all of these. Programs:
+    the rest's rows by LINES, the longest first, then the panel's 2 WIDTH lines by LINES; M."""
+    turn, one = tl.program_id(0), tl.program_id(1).to(tl.int64)
     matrix += one * ORDER * ORDER
     panel += one * 2 * WIDTH * ORDER
     products += one * (ORDER + 2 * WIDTH)
@@ -108,26 +133,35 @@ def reflect(
     factor = tl.where(norm > 0, (beta - alpha) / tl.where(norm > 0, beta, 1.0), 0.0)
     scale = tl.where(norm > 0, 1.0 / tl.where(norm > 0, alpha - beta, 1.0), 0.0)
     first = after // COLUMNS * COLUMNS
-    sums = tl.zeros((ROWS, COLUMNS), tl.float64)
-    of_rest = (ORDER - after + ROWS - 1) // ROWS
-    if part < of_rest:
-        row = after + part * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros((LINES, COLUMNS), tl.float64)
+    of_rest = (ORDER - after + LINES - 1) // LINES
+    if turn < of_rest:
+        part = of_rest - 1 - turn
+        top = after + part * LINES
+        row = top + tl.arange(0, LINES)
         there = row < ORDER
-        made = _times(sums, matrix, tl.minimum(row, ORDER - 1), x, first, after, scale, ORDER, COLUMNS)
-        v = tl.load(x + row, mask=there & (row > after), other=0.0) * scale
-        v = tl.where(row == after, 1.0, v)
+        v = _reflector(x, row, there, after, scale)
+        across += (one * PARTS + part) * ORDER
+        lines = matrix + tl.minimum(row, ORDER - 1).to(tl.int64)[:, None] * ORDER
+        middle = tl.maximum(top // COLUMNS * COLUMNS, first)
+        sums = _times(sums, lines, across, v, row, first, middle, x, after, scale, ORDER, COLUMNS, True, False)
+        end = tl.minimum(top + LINES, ORDER)
+        sums = _times(sums, lines, across, v, row, middle, end, x, after, scale, ORDER, COLUMNS, True, True)
+        made = tl.sum(sums, 1)
+        own = tl.load(matrix + row.to(tl.int64) * (ORDER + 1), mask=there, other=0.0)
         tl.store(products + row, made, mask=there)
-        tl.store(dots + one * PARTS + part, tl.sum(tl.where(there, made * v, 0.0), 0))
+        tl.store(dots + one * PARTS + part, tl.sum(tl.where(there, (2.0 * made - own * v) * v, 0.0), 0))
         tl.store(matrix + column.to(tl.int64) * ORDER + row, v, mask=there)
         tl.store(panel + (column - start).to(tl.int64) * ORDER + row, v, mask=there)
         if part == 0:
             tl.store(e + one * ORDER + column, beta)
             tl.store(tau + one * ORDER + column, factor)
     else:
-        line = (part - of_rest) * ROWS + tl.arange(0, ROWS)
+        line = (turn - of_rest) * LINES + tl.arange(0, LINES)
         there = (line < 2 * WIDTH) & (line % WIDTH < column - start)
-        made = _times(sums, panel, tl.where(there, line, 0), x, first, after, scale, ORDER, COLUMNS)
-        tl.store(products + ORDER + line, made, mask=there)
+        lines = panel + tl.where(there, line, 0).to(tl.int64)[:, None] * ORDER
+        sums = _times(sums, lines, across, sums, line, first, ORDER, x, after, scale, ORDER, COLUMNS, False, False)
+        tl.store(products + ORDER + line, tl.sum(sums, 1), mask=there)
 
 
 @triton.jit
