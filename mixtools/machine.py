@@ -135,7 +135,8 @@ def memory_for(device: torch.device, limit: int | None) -> int | None:
             )  # fmt: skip
         return limit - taken
     if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, and free for it
+        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + kept))
     return available_memory()
 
 

@@ -64,10 +64,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a calibrated run: bytes at most, whether the states lie in a file, operations, and where."""
+    """Of a calibrated run: bytes at most, whether the states lie in a file, experts in step, operations, and where."""
 
     memory: int
     spilled: bool
+    experts: int
     operations: float
     device: torch.device
 
@@ -102,7 +103,11 @@ def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None
             expected=human_bytes(fixed), found=human_bytes(room),
         )  # fmt: skip
     spilled = room is not None and fixed + states > room
-    return Needs(fixed + (0 if spilled else states), spilled, _operations(source, how, tokens), stream.device)
+    fixed += 0 if spilled else states
+    # each more of them keeps what one has, and all of w1 and w3 that is made meanwhile
+    more = gram_bytes(inner, options.block) + factors + 12 * matrix
+    experts = min(config.num_experts, 1 + max(0, room - fixed) // more) if on_card and room is not None else 1
+    return Needs(fixed + (experts - 1) * more, spilled, experts, _operations(source, how, tokens), stream.device)
 
 
 def _operations(source: Checkpoint, how: Calibrated, tokens: int) -> float:

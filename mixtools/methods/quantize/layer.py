@@ -5,14 +5,15 @@
     smoothing of each norm ◄───────┤ chosen by the error of the rounding
     expert by expert: inner ─► Hessian of w2, smoothing of w3 and w2 ─► w1, w3, w2 rounded
 
-Experts are done one after the other: w2's Hessian is the largest piece of all (0.8 GB at 8x7B), and nothing is computed
-twice for it, since the experts' inputs are kept.
+Experts are done one after the other, on a GPU as many in step as it has memory for: w2's Hessian is the largest piece
+of all (0.8 GB at 8x7B), and nothing is computed twice for it, since the experts' inputs are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +31,33 @@ from ...ops.feedback import MOST_COLUMNS
 from . import matrix, smoothing
 from .clock import Clock
 from .seen import TOKENS, Seen
-from .worker import ROWS_TRIED, Method, Stored, Tried, Worker, spread
+from .worker import ROWS_TRIED, Asked, Method, Outcome, Stored, Tried, Worker, spread
+
+
+class _Expert(NamedTuple):
+    """Before its matrices are rounded. `slots` of w1, w2, w3; `shown`, `tokens`: that calibrate it, and those of them
+    routed to it; `gram` of w1 and w3, one, until it is taken; `inner`, `weights`, `choice`, `factors` of w2."""
+
+    slots: tuple[Slot, Slot, Slot]
+    shown: int
+    tokens: int
+    gram: list[Gram]
+    inner: Gram | Rows
+    weights: Tensor
+    choice: smoothing.Choice
+    factors: list[Factor | None] | None
 
 
 class LayerWork(Worker):
     """One layer of the stream."""
 
     def __init__(
-        self, stream: Stream, layer: Layer, method: Method, read: Callable[[Slot], Tensor], clock: Clock | None = None
-    ) -> None:
+        self, stream: Stream, layer: Layer, method: Method, read: Callable[[Slot], Tensor], clock: Clock | None = None,
+        *, together: int = 1,
+    ) -> None:  # fmt: skip
+        """`together`: experts that are done in step."""
         super().__init__(method, read, lambda slot, weight: _put(layer.weight(slot), weight), clock or Clock())
-        self.stream, self.layer, self.index = stream, layer, layer.index
+        self.stream, self.layer, self.index, self.together = stream, layer, layer.index, together
 
     def run(self, states: States, pass_tokens: int, *, onward: bool = True) -> Iterator[Stored]:
         """Each slot of the layer as it is stored, in slot order; then, with `onward`, `states` are those behind it.
@@ -74,12 +91,13 @@ class LayerWork(Worker):
         yield norm
         hessian = matrix.scaled(seen.qkv.blocks[0], scale)
         found = self.factor(hessian)
-        for slot in slots:
-            made = self.round(slot, weights.pop(slot) * scale[:, None], hessian, found)
+        asked = (Asked(slot, weights.pop(slot) * scale[:, None], hessian, found) for slot in slots)
+        # k and v are alike
+        for slot, made in self.round(asked, len(slots) if self.together > 1 else 1):
             yield self.finished(slot, [made], seen.qkv.tokens)
         slot, hessian = Slot(Role.O, self.index), seen.o.blocks[0]
-        made = self.round(slot, self.weights(slot), hessian, self.factor(hessian))
-        yield self.finished(slot, [made], seen.o.tokens)
+        for _, made in self.round([Asked(slot, self.weights(slot), hessian, self.factor(hessian))]):
+            yield self.finished(slot, [made], seen.o.tokens)
 
     # --- experts ---
 
@@ -92,39 +110,66 @@ class LayerWork(Worker):
         del readers
         yield norm
         yield self._router(seen, scale)
-        for expert in range(self.stream.config.num_experts):
-            yield from self._expert(expert, scale, seen)
+        every = range(self.stream.config.num_experts)
+        for first in range(0, len(every), self.together):
+            yield from self._some(every[first : first + self.together], scale, seen)
 
-    def _expert(self, expert: int, scale: Tensor, seen: Seen) -> Iterator[Stored]:
-        gate, down, up = self._slots(expert, Role.GATE, Role.DOWN, Role.UP)
-        shown, tokens = seen.rows_of(expert)
-        gram = seen.take(expert, shown)
+    def _some(self, numbers: Sequence[int], scale: Tensor, seen: Seen) -> Iterator[Stored]:
+        """Experts in step."""
+        experts = [self._expert(number, seen) for number in numbers]
+        of = {slot: expert for expert in experts for slot in expert.slots}
+        made: dict[Slot, Stored] = {}
+        for slot, outcome in self.round(self._readers(experts, scale), 2 * len(experts) if self.together > 1 else 1):
+            made[slot] = self.finished(slot, [outcome], of[slot].tokens)
+            del outcome  # its errors are as large as the matrix
+        parts: dict[Slot, list[Outcome]] = {}
+        for slot, outcome in self.round(self._inner(experts), len(experts)):
+            parts.setdefault(slot, []).append(outcome)
+        for expert in experts:
+            gate, down, up = expert.slots
+            made[down] = self.finished(down, parts.pop(down), expert.tokens)
+            self.rows[down] |= {"exponent": expert.choice.exponent, "bounded": smoothing.bounded(expert.choice.scale)}
+            for slot in (gate, up, down):  # told in this order, whatever was in step
+                self.rows[slot] = {**self.rows.pop(slot), "shown": expert.shown}
+            for slot in expert.slots:
+                yield made.pop(slot)
+
+    def _expert(self, number: int, seen: Seen) -> _Expert:
+        """What there is to know of an expert before any of its matrices is rounded."""
+        gate, down, up = self._slots(number, Role.GATE, Role.DOWN, Role.UP)
+        shown, tokens = seen.rows_of(number)
+        gram = seen.take(number, shown)
         options = self.method.options
         # scales of whole rows are fitted by the Hessian itself
         few = options.rounding != "nearest" and self.method.scheme(down).span <= MOST_COLUMNS
-        inner, weights = seen.inner(expert, shown, options.block, few=few), self.weights(down)
+        inner, weights = seen.inner(number, shown, options.block, few=few), self.weights(down)
         choice, factors = self._inner_scale(down, weights, inner)
-        hessian = matrix.scaled(gram.blocks[0], scale)
-        found, made = self.factor(hessian), {}
-        for slot, rows in ((gate, None), (up, choice.scale)):
-            wide = self.weights(slot).mul_(scale[:, None])
-            if rows is not None:
-                wide /= rows
-            made[slot] = self.finished(slot, [self.round(slot, wide, hessian, found)], tokens)
-        del hessian, found, wide, gram
-        parts = []
-        blocks: list[Hessian] = [*inner.blocks]
-        for number, (at, block) in enumerate(zip(inner.starts, blocks, strict=True)):
-            part = slice(at, at + len(block))
-            own = choice.scale[part]
-            heard = matrix.scaled_(block, own) if choice.exponent else block
-            factor = factors[number] if factors else self.factor(heard)
-            parts.append(self.round(down, weights[part] * own[:, None], heard, factor))
-        made[down] = self.finished(down, parts, tokens)
-        self.rows[down] |= {"exponent": choice.exponent, "bounded": smoothing.bounded(choice.scale)}
-        for slot in (gate, down, up):
-            self.rows[slot]["shown"] = len(shown)
-            yield made[slot]
+        return _Expert((gate, down, up), len(shown), tokens, [gram], inner, weights, choice, factors)
+
+    def _readers(self, experts: Sequence[_Expert], scale: Tensor) -> Iterator[Asked]:
+        """w1 and w3 of each, over the inputs that a norm divided by `scale` gives."""
+        for expert in experts:
+            gate, _, up = expert.slots
+            hessian = matrix.scaled(expert.gram.pop().blocks[0], scale)
+            found = self.factor(hessian)
+            for slot, rows in ((gate, None), (up, expert.choice.scale)):
+                wide = self.weights(slot).mul_(scale[:, None])
+                if rows is not None:
+                    wide /= rows
+                yield Asked(slot, wide, hessian, found)
+
+    def _inner(self, experts: Sequence[_Expert]) -> Iterator[Asked]:
+        """w2 of each, in runs of columns."""
+        for expert in experts:
+            _, down, _ = expert.slots
+            choice, factors, inner = expert.choice, expert.factors, expert.inner
+            blocks: list[Hessian] = [*inner.blocks]
+            for number, (at, block) in enumerate(zip(inner.starts, blocks, strict=True)):
+                part = slice(at, at + len(block))
+                own = choice.scale[part]
+                heard = matrix.scaled_(block, own) if choice.exponent else block
+                factor = factors[number] if factors else self.factor(heard)
+                yield Asked(down, expert.weights[part] * own[:, None], heard, factor)
 
     def _inner_scale(
         self, slot: Slot, weights: Tensor, inner: Gram | Rows
@@ -187,5 +232,5 @@ class HeadWork(Worker):
         made, scale = self.norm(norm_slot, gram, [({slot: spread(weights, ROWS_TRIED)}, gram)])
         yield made
         hessian = matrix.scaled(gram.blocks[0], scale)
-        parts = [self.round(slot, weights.mul_(scale[:, None]), hessian, self.factor(hessian))]
-        yield self.finished(slot, parts, gram.tokens)
+        asked = Asked(slot, weights.mul_(scale[:, None]), hessian, self.factor(hessian))
+        yield self.finished(slot, [made for _, made in self.round([asked])], gram.tokens)

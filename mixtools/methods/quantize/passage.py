@@ -46,11 +46,13 @@ class Passage:
 
     def __init__(
         self, source: Checkpoint, stream: Stream, method: Method, sequences: tuple[Tensor, ...], output: Output, *,
-        head: bool, spilled: bool = False,
+        head: bool, spilled: bool = False, experts: int = 1,
     ) -> None:  # fmt: skip
-        """`head`: whether it will be asked for, behind all layers; `spilled`: hidden states lie in a file."""
+        """`head`: whether it will be asked for, behind all layers; `spilled`: hidden states lie in a file; `experts` in
+        step."""
         self.source, self.stream, self.method, self.sequences, self.output = source, stream, method, sequences, output
         self.lengths = [len(ids) for ids in sequences]
+        self.experts = experts
         self.spilled, self.pass_tokens = spilled, stream.plan(self.lengths).pass_tokens
         self._last = stream.config.num_layers - (0 if head else 1)  # layer, or head, whose inputs are states
         self._states: States | None = None
@@ -99,7 +101,7 @@ class Passage:
             with clock("reading"):
                 layer.finish()
                 self._expect_finite(layer)
-            work = LayerWork(self.stream, layer, self.method, partial(self._read, layer), clock)
+            work = LayerWork(self.stream, layer, self.method, partial(self._read, layer), clock, together=self.experts)
             with self._named():
                 yield from work.run(states, self.pass_tokens, onward=onward)
             self._tell(str(index), work)

@@ -6,7 +6,8 @@ second-order   a column at a time in activation order, its error carried on to t
 sweep          coordinate descent over the codes, and scales fitted again to them by least squares (as in QuIP#, arXiv
                2402.04396, and CDQuant, arXiv 2406.17542)
 
-Weights lie [in, out] (grid.py). The error that counts is e H eᵀ of each row's e = weight - value, H = Σ x xᵀ.
+Weights lie [in, out] (grid.py). The error that counts is e H eᵀ of each row's e = weight - value, H = Σ x xᵀ. Several
+matrices go in step, a block of columns of them all in one launch on a GPU; each comes out as it does by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,21 @@ BLOCK = 128  # columns whose errors are carried on one by one; those of a block 
 
 
 @dataclass(frozen=True)
+class Given:
+    """A matrix to round: `weights` [in, out], fp32, its Hessian [in, in], or none where nothing is swept, and that
+    Hessian's factor."""
+
+    weights: Tensor
+    found: Factor
+    hessian: Hessian | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What those of one scheme have in common that can go in step."""
+        return self.weights.shape, _starts(self.found)
+
+
+@dataclass(frozen=True)
 class Rounded:
     """`codes` uint8 [in, out] on `grid`, and `errors` [in, out]: weight less value."""
 
@@ -40,19 +56,23 @@ def nearest(weights: Tensor, grid: Grid) -> Rounded:
     return Rounded(grid, codes, weights - grid.values(codes))
 
 
-def second_order(weights: Tensor, grid: Grid, found: Factor) -> Rounded:
-    """With each column's error carried on to those behind it."""
-    ordered, groups = weights[found.order], grid.groups_of(found.order).int().cpu()
-    made = Rounded(
-        grid, torch.zeros(ordered.shape, dtype=torch.uint8, device=weights.device), torch.zeros_like(ordered)
-    )
+def second_order(given: Sequence[Given], grids: Sequence[Grid]) -> list[Rounded]:
+    """With each column's error carried on to those behind it. Matrices of one kind, each on a grid of its own."""
+    ordered = [one.weights[one.found.order] for one in given]
+    groups = [grid.groups_of(one.found.order).int().cpu() for one, grid in zip(given, grids, strict=True)]
+    size, width = given[0].weights.shape
+    # [in, matrices, out]
+    codes = torch.zeros(size, len(given), width, dtype=torch.uint8, device=ordered[0].device)
+    errors = torch.zeros_like(codes, dtype=ordered[0].dtype)
+    made = [Rounded(grid, codes[:, number], errors[:, number]) for number, grid in enumerate(grids)]
 
     def rounded(block: slice, targets: list[Tensor], bases: list[Tensor], feedback: list[Tensor]) -> None:
-        _round(made, block, groups[block], targets=targets[0], weights=bases[0], feedback=feedback[0])
+        now = codes[block].transpose(0, 1), errors[block].transpose(0, 1)
+        _round(grids, [one[block] for one in groups], now, targets=targets, weights=bases, feedback=feedback)
 
-    _walk([found], [ordered], made.errors[:, None], rounded)
-    back = torch.argsort(found.order)
-    return Rounded(grid, made.codes[back], made.errors[back])
+    _walk([one.found for one in given], ordered, errors, rounded)
+    backs = [torch.argsort(one.found.order) for one in given]
+    return [Rounded(one.grid, one.codes[back], one.errors[back]) for one, back in zip(made, backs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -73,8 +93,7 @@ class Trial:
     @property
     def kind(self) -> tuple[object, ...]:
         """What those of one scheme have in common that can be rounded together."""
-        starts = tuple(panel.start for panel in self.found.panels)
-        return self.weights.shape, self.scales.shape, self.grids[0].scale.shape, starts
+        return self.weights.shape, self.scales.shape, self.grids[0].scale.shape, _starts(self.found)
 
 
 def lost(trials: Sequence[Trial]) -> Tensor:
@@ -166,49 +185,66 @@ def _wide(lines: Tensor, width: int) -> Tensor:
     return lines if lines.shape[1] == width else lines.repeat(1, width // lines.shape[1])
 
 
-def sweep(weights: Tensor, rounded: Rounded, hessian: Hessian, damping: float, scheme: Scheme) -> Rounded:
+def sweep(given: Sequence[Given], rounded: Sequence[Rounded], scheme: Scheme) -> list[Rounded]:
     """One pass of least squares and coordinate descent over what was rounded; the damped error never grows.
 
-    `hessian` [in, in]; `damping`: a share of the mean of its diagonal. Scales of more than MOST_COLUMNS columns are not
-    fitted over few inputs: that takes the Hessian itself.
+    Matrices of one kind, with their Hessians. Scales of more than MOST_COLUMNS columns are not fitted over few inputs:
+    that takes the Hessian itself.
     """
-    made = Rounded(rounded.grid.copy(), rounded.codes.clone(), rounded.errors.clone())
-    added = damping * float(hessian.diagonal().mean(dtype=torch.float64))
-    power = hessian.diagonal() + added
-    span = min(len(weights), scheme.span)
+    made = [Rounded(one.grid.copy(), one.codes.clone(), one.errors.clone()) for one in rounded]
+    slopes = [_Slopes(one, own) for one, own in zip(given, made, strict=True)]
+    size = len(given[0].weights)
+    span = min(size, scheme.span)
     whole = span > MOST_COLUMNS
-    slopes = _Slopes(made, hessian, added)
-    if whole and not isinstance(hessian, Few):
-        everything = slice(0, len(weights))
-        _fit_scales(made, everything, _near(hessian, everything, added), slopes.of(everything), scheme)
+    if whole:
+        everything = slice(0, size)
+        for own in slopes:
+            if not isinstance(own.hessian, Few):
+                _fit_scales(own.made, everything, own.near(everything), own.of(everything), scheme)
     step = BLOCK if whole or not span else max(span, BLOCK // span * span)
-    for start in range(0, len(weights), step):
-        block = slice(start, min(start + step, len(weights)))
-        beside, slope = _near(hessian, block, added), slopes.of(block)
-        if span and not whole:
-            _fit_scales(made, block, beside, slope, scheme)
-        targets = weights[block] + slope / power[block, None] - made.errors[block]
-        beside.diagonal().zero_()
-        groups = made.grid.groups_of(torch.arange(start, block.stop)).int()
-        _round(made, block, groups, targets=targets, weights=weights[block], feedback=beside / power[block])
-        slopes.changed(block)
+    for start in range(0, size, step):
+        block = slice(start, min(start + step, size))
+        targets, weights, feedback = [], [], []
+        for one, own in zip(given, slopes, strict=True):
+            beside, slope, power = own.near(block), own.of(block), own.power[block]
+            if span and not whole:
+                _fit_scales(own.made, block, beside, slope, scheme)
+            targets.append(one.weights[block] + slope / power[:, None] - own.made.errors[block])
+            weights.append(one.weights[block])
+            beside.diagonal().zero_()
+            feedback.append(beside / power)
+        grids = [one.grid for one in made]
+        groups = [grid.groups_of(torch.arange(start, block.stop)).int() for grid in grids]
+        codes, errors = (_beside([part[block] for part in parts]) for parts in zip(*map(_parts, made), strict=True))
+        _round(grids, groups, (codes, errors), targets=targets, weights=weights, feedback=feedback)
+        for number, own in enumerate(slopes):
+            if len(made) > 1:  # else it is the matrix itself that was changed
+                own.made.codes[block], own.made.errors[block] = codes[number], errors[number]
+            own.changed(block)
     return made
 
 
-def _near(hessian: Hessian, columns: slice, added: float) -> Tensor:
-    """The damped Hessian of some columns among themselves."""
-    found = near(hessian, columns)
-    found.diagonal().add_(added)
-    return found
+def _parts(made: Rounded) -> tuple[Tensor, Tensor]:
+    return made.codes, made.errors
 
 
 class _Slopes:
     """Half the gradient of the damped error by a matrix's columns, as its errors change."""
 
-    def __init__(self, made: Rounded, hessian: Hessian, added: float) -> None:
-        self.made, self.hessian, self.added = made, hessian, added
-        self.outputs = hessian.rows @ made.errors if isinstance(hessian, Few) else None  # of few inputs [k, out]
+    def __init__(self, given: Given, made: Rounded) -> None:
+        assert given.hessian is not None
+        self.made, self.hessian = made, given.hessian
+        diagonal = self.hessian.diagonal()
+        self.added = given.found.damping * float(diagonal.mean(dtype=torch.float64))
+        self.power = diagonal + self.added
+        self.outputs = self.hessian.rows @ made.errors if isinstance(self.hessian, Few) else None  # of few [k, out]
         self._before = made.errors[:0]
+
+    def near(self, columns: slice) -> Tensor:
+        """The damped Hessian of some columns among themselves."""
+        found = near(self.hessian, columns)
+        found.diagonal().add_(self.added)
+        return found
 
     def of(self, columns: slice) -> Tensor:
         """[b, out]"""
@@ -251,9 +287,23 @@ def _refit(fitted: Fitted, errors: Tensor, slope: Tensor, near: Tensor, inside: 
 
 
 def _round(
-    made: Rounded, block: slice, groups: Tensor, *, targets: Tensor, weights: Tensor, feedback: Tensor
+    grids: Sequence[Grid], groups: Sequence[Tensor], changed: tuple[Tensor, Tensor], *, targets: Sequence[Tensor],
+    weights: Sequence[Tensor], feedback: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """A block of lines, of these groups, targets and weights [b, out]; its codes and errors are changed."""
-    grid = made.grid
-    given = Block(targets, weights, made.errors[block], made.codes[block], grid.scale, grid.min, groups, feedback)
-    round_block(given, grid.choices, threads=torch.get_num_threads())
+    """A block of lines of each matrix, of these groups, targets and weights [b, out]; codes and errors [matrices, b,
+    out] are changed."""
+    codes, errors = changed
+    scales, mins = (_beside([getattr(grid, name) for grid in grids]) for name in ("scale", "min"))
+    block = Block(
+        _beside(targets), _beside(weights), errors, codes, scales, mins, _beside(groups), _beside(feedback)
+    )  # fmt: skip
+    round_block(block, grids[0].choices, threads=torch.get_num_threads())
+
+
+def _beside(matrices: Sequence[Tensor]) -> Tensor:
+    """In one tensor, which of a single one is that itself."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack([*matrices])
+
+
+def _starts(found: Factor) -> tuple[int, ...]:
+    return tuple(panel.start for panel in found.panels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +56,18 @@ class Tried(NamedTuple):
     hessian: Hessian
     found: Factor | None
     columns: slice = slice(None)
+
+
+class Asked(NamedTuple):
+    """A matrix [in, out], or a run of its columns, to be rounded, with its Hessian and that Hessian's factor."""
+
+    slot: Slot
+    weights: Tensor
+    hessian: Hessian
+    found: Factor | None
+
+
+Outcome = tuple[Rounded, Row]  # and what the report says of it
 
 
 class Worker:
@@ -132,16 +144,37 @@ class Worker:
                 total += energy(hessian, made.errors / scale[:, None])
             yield total
 
-    def round(self, slot: Slot, weights: Tensor, hessian: Hessian, found: Factor | None) -> tuple[Rounded, Row]:
-        """A matrix [in, out], or a run of its columns, and what the report says of it. Raises as matrix.quantize."""
-        scheme = self.method.scheme(slot)
-        with self.clock("rounding"), _of(slot):
-            made = matrix.quantize(weights, hessian.diagonal(), scheme, self.method.options, found, hessian=hessian)
-        with self.clock("report"):
-            row = _figures(weights, hessian, scheme, made)
-        return made, {**row, "damping": found.damping if found else None}
+    def round(self, asked: Iterable[Asked], together: int = 1) -> Iterator[tuple[Slot, Outcome]]:
+        """Each in its turn; so many of what is alike in step. Raises SpectrumError, which names the slot, for a matrix
+        that comes out as no number."""
+        waiting = iter(asked)
+        while batch := [*itertools.islice(waiting, together)]:
+            made = self._rounded(batch)
+            outcomes = [(one.slot, self.outcome(one, found)) for one, found in zip(batch, made, strict=True)]
+            del batch, made  # before others are read
+            while outcomes:
+                yield outcomes.pop(0)
 
-    def finished(self, slot: Slot, parts: Sequence[tuple[Rounded, Row]], tokens: int) -> Stored:
+    def _rounded(self, batch: Sequence[Asked]) -> list[Rounded]:
+        made: dict[int, Rounded] = {}
+        schemes = [self.method.scheme(one.slot) for one in batch]
+        with self.clock("rounding"):
+            for scheme in {*schemes}:
+                numbers = [number for number, one in enumerate(schemes) if one == scheme]
+                cases = [matrix.Case(one.weights, one.hessian.diagonal(), one.found, one.hessian)
+                         for one in (batch[number] for number in numbers)]  # fmt: skip
+                made |= zip(numbers, matrix.quantize_all(cases, scheme, self.method.options), strict=True)
+            for number, one in enumerate(batch):
+                with _of(one.slot):
+                    matrix.check(made[number])
+        return [made[number] for number in range(len(batch))]
+
+    def outcome(self, asked: Asked, made: Rounded) -> Outcome:
+        with self.clock("report"):
+            row = _figures(asked.weights, asked.hessian, self.method.scheme(asked.slot), made)
+        return made, {**row, "damping": asked.found.damping if asked.found else None}
+
+    def finished(self, slot: Slot, parts: Sequence[Outcome], tokens: int) -> Stored:
         """`parts`: runs of columns, in order."""
         with self.clock("packing"), _of(slot):
             scheme, made = self.method.scheme(slot), [(one.grid, one.codes) for one, _ in parts]

@@ -30,6 +30,7 @@ def told(device: str, tokens: int = TOKENS, limit: int | None = None) -> asked.N
 
 
 def test_on_a_cpu_many_states_go_to_a_file() -> None:
+    assert told("cpu").experts == told("cpu", limit=100_000_000_000).experts == 1
     assert told("cpu").spilled and not told("cpu", 4096).spilled
     assert not told("cpu", limit=100_000_000_000).spilled
     with pytest.raises(MemoryBudgetError, match="--max-memory is too small"):
@@ -41,8 +42,12 @@ def test_on_a_card_they_stay_where_it_has_the_room(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(asked, "memory_for", lambda device, limit: free[0])
     need = told("cuda:1")
     assert not need.spilled and need.memory > 2 * TOKENS * 4096 * 2
-    free[0] = need.memory - 1
-    assert told("cuda:1").spilled
+    for experts in range(7, 0, -1):  # in step as many as fit, and all of what each takes is told
+        free[0] = told("cuda:1").memory - 1
+        assert told("cuda:1").experts == experts and told("cuda:1").memory <= free[0]
+        assert not told("cuda:1").spilled
+    free[0] = told("cuda:1").memory - 1
+    assert told("cuda:1").spilled and told("cuda:1").experts == 1
     free[0] = 5_000_000_000
     with pytest.raises(MemoryBudgetError, match="cuda:1 has too little memory free"):
         told("cuda:1")

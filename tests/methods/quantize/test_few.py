@@ -16,6 +16,7 @@ from mixtools.methods.quantize import matrix, rounding
 from mixtools.methods.quantize.grid import Groups, Scheme
 from mixtools.methods.quantize.grid_ggml import Blocks
 from mixtools.methods.quantize.matrix import Options
+from mixtools.methods.quantize.rounding import Given
 from mixtools.names import Role, Slot
 from mixtools.storage.dtypes import DType
 
@@ -91,7 +92,7 @@ def test_a_sweep_over_few_inputs_never_loses() -> None:
     made = matrix.quantize(weights, few.diagonal(), scheme, Options(sweeps=0), matrix.prepared(few, Options()))
     damped = x.T @ x + 0.05 * few.diagonal().mean() * torch.eye(WIDE)
     for _ in range(3):
-        after = rounding.sweep(weights, made, few, 0.05, scheme)
+        (after,) = rounding.sweep([Given(weights, matrix.prepared(few, Options()), few)], [made], scheme)
         one, other = ((damped @ found.errors * found.errors).sum(0) for found in (made, after))
         assert (other <= one * (1 + 1e-4)).all() and other.sum() < one.sum()
         made = after

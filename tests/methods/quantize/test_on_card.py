@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,16 +58,20 @@ class Still(LayerWork):
 
 
 def quantized(
-    device: str, scheme: Scheme, options: Options, smooth: bool
-) -> tuple[dict[Slot, tuple[Tensor, ...]], dict[Slot, Row]]:
-    """A layer and the head, from the same states."""
-    reader = random_reader(CONFIG, 3)
+    device: str, scheme: Scheme, options: Options, smooth: bool, *, together: int = 1,
+    config: MixtralConfig = CONFIG,
+) -> tuple[dict[Slot, tuple[Tensor, ...]], dict[Slot, Row]]:  # fmt: skip
+    """A layer, so many experts in step, and the head, from the same states."""
+    reader = random_reader(config, 3)
     stream = Stream(reader, device, torch.float32)
     method = Method(lambda _: scheme, lambda _: DType.BF16, options, smooth)
-    layer = Layer(CONFIG, 0, torch.device(device), torch.float32)
+    layer = Layer(config, 0, torch.device(device), torch.float32)
     layer.fill(reader, 0)
-    works = [kind(stream, *more, method, lambda slot: reader.read(slot).to(device)) for kind, *more in
-             ((Still, layer), (HeadWork,))]  # fmt: skip
+
+    def read(slot: Slot) -> Tensor:
+        return reader.read(slot).to(device)
+
+    works = Still(stream, layer, method, read, together=together), HeadWork(stream, method, read)
     with Stream(reader, dtype=torch.float32).embed(SEQUENCES) as states:
         made = dict(works[0].run(states, 160)) | dict(works[1].run(states))
     return {slot: packed.parts for slot, packed in made.items()}, works[0].rows | works[1].rows
@@ -89,6 +94,37 @@ def test_a_layer_is_quantized_where_it_lies(scheme: str, options: dict[str, Any]
     for slot, parts in expected.items():
         assert not any(isinstance(part, OnCard) for part in found[slot]), slot
         assert all(map(torch.equal, found[slot], parts)), slot
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [*((name, {}) for name in SCHEMES), ("gptq", {"rounding": "nearest"}), ("awq", {"block": 128}),
+     ("Q4_K", {"sweeps": 2})],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("together", [3, 4])
+def test_experts_in_step_are_as_one_by_one(
+    scheme: str, options: dict[str, Any], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rounding of all experts' w1 and w3 is one launch a block of columns, and so is that of all their w2."""
+    plain, launches = rounding.round_block, []
+    config = replace(CONFIG, num_experts=4, experts_per_token=2)
+    chosen = SCHEMES[scheme](), Options(**options), (scheme, options) == ("gptq", {})
+    expected, rows = quantized("cpu", *chosen, config=config)
+    if not chosen[-1]:  # else tries are launches, too
+        monkeypatch.setattr(
+            rounding, "round_block", lambda *args, **how: launches.append(args[0]) or plain(*args, **how)
+        )
+    with Card():
+        found, told = quantized("cuda", *chosen, together=together, config=config)
+    assert told == rows and [*told] == [*rows]
+    for slot, parts in expected.items():
+        assert all(map(torch.equal, found[slot], parts)), slot
+    if launches:
+        numbers = [len(block.targets) for block in launches]
+        sweeps = chosen[1].sweeps  # of one block of columns or two, as scales are fitted
+        assert set(numbers) == ({1, 2, 4, 8} if together == 4 else {1, 2, 3, 6})
+        assert numbers.count(max(numbers)) in (2 + sweeps, 2 + 2 * sweeps)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

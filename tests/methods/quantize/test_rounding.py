@@ -20,6 +20,7 @@ from mixtools.methods.quantize.grid import Groups, Scheme
 from mixtools.methods.quantize.grid_bnb import AbsMax
 from mixtools.methods.quantize.grid_ggml import Blocks
 from mixtools.methods.quantize.matrix import Options
+from mixtools.methods.quantize.rounding import Given
 from mixtools.ops.cpu import NATIVE
 from mixtools.storage.dtypes import DType
 
@@ -82,7 +83,7 @@ def test_a_sweep_never_loses(scheme: Scheme) -> None:
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(WIDE)
     before = [(damped @ found.errors * found.errors).sum(0)]
     for _ in range(4):
-        found = rounding.sweep(weights, found, hessian, 0.05, scheme)
+        (found,) = rounding.sweep([Given(weights, factor(hessian, 0.05), hessian)], [found], scheme)
         before.append((damped @ found.errors * found.errors).sum(0))
     for one, other in itertools.pairwise(before):
         assert (other <= one * (1 + 1e-4)).all()  # in each row
@@ -93,7 +94,7 @@ def test_second_order_is_the_loop() -> None:
     weights, hessian = data(5, 160, 7)
     scheme = Groups(Gptq(4, 32), 1)
     grid, found = scheme.grid(weights, hessian.diagonal()), factor(hessian, 0.05)
-    rounded = rounding.second_order(weights, grid, found)
+    (rounded,) = rounding.second_order([Given(weights, found)], [grid])
     feedback, order = found.feedback.double(), found.order.tolist()
     agree = 0
     for row in range(7):
@@ -114,7 +115,7 @@ def test_order_and_groups_keep_their_places() -> None:
     weights, hessian = data(6)
     scheme = Groups(Gptq(4, 64), 1)
     grid = scheme.grid(weights, hessian.diagonal())
-    found = rounding.second_order(weights, grid, factor(hessian, 0.05))
+    (found,) = rounding.second_order([Given(weights, factor(hessian, 0.05))], [grid])
     for group in range(4):
         part = slice(64 * group, 64 * (group + 1))
         values = grid.scale[group] * found.codes[part].float() + grid.min[group]
@@ -139,9 +140,8 @@ def test_trials_lose_what_rounding_them_would(scheme: Scheme, few: bool, monkeyp
         whole = near(read, slice(None)).double()
         for scale, grid in zip(scales.double(), grids, strict=True):
             damped = (whole + added * torch.eye(WIDE)) / scale[:, None] / scale
-            own = rounding.second_order(
-                (weights * scale[:, None]).float(), grid, factor(damped.float(), 0.0, found.order)
-            )
+            alone = Given((weights * scale[:, None]).float(), factor(damped.float(), 0.0, found.order))
+            (own,) = rounding.second_order([alone], [grid])
             errors = own.errors.double() / scale[:, None]
             expected.append(float((errors * (whole @ errors)).sum()))
     lost = rounding.lost(trials)

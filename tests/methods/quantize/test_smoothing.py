@@ -62,9 +62,9 @@ def outlying(seed: int = 0) -> MemoryReader:
 class Unrounded(LayerWork):
     """All that a layer's work does, but that each matrix keeps its weights."""
 
-    def round(self, slot: Slot, weights: Tensor, hessian: Tensor, found: Any) -> Any:
-        made, row = super().round(slot, weights, hessian, found)
-        return (Rounded(made.grid, made.codes, weights), row)
+    def outcome(self, asked: Any, made: Rounded) -> Any:
+        _, row = super().outcome(asked, made)
+        return (Rounded(made.grid, made.codes, asked.weights), row)
 
     def finished(self, slot: Slot, parts: Any, tokens: int) -> Stored:
         super().finished(slot, parts, tokens)
