@@ -20,6 +20,7 @@ from ...progress import Progress
 from ...text.reading import DEFAULT
 from .calibrated import Calibrated
 from .matrix import DAMPING, Options
+from .passage import Room
 
 COMFORTABLE = 12_000_000_000  # bytes: on a CPU hidden states go to a file rather than beyond, unless told otherwise
 
@@ -64,11 +65,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a calibrated run: bytes at most, whether the states lie in a file, experts in step, operations, and where."""
+    """Of a calibrated run: bytes at most, what they are spent on, operations, and where."""
 
     memory: int
-    spilled: bool
-    experts: int
+    room: Room
     operations: float
     device: torch.device
 
@@ -103,11 +103,16 @@ def needs(source: Checkpoint, how: Calibrated, stream: Stream, limit: int | None
             expected=human_bytes(fixed), found=human_bytes(room),
         )  # fmt: skip
     spilled = room is not None and fixed + states > room
-    fixed += 0 if spilled else states
-    # each more of them keeps what one has, and all of w1 and w3 that is made meanwhile
-    more = gram_bytes(inner, options.block) + factors + 12 * matrix
-    experts = min(config.num_experts, 1 + max(0, room - fixed) // more) if on_card and room is not None else 1
-    return Needs(fixed + (experts - 1) * more, spilled, experts, _operations(source, how, tokens), stream.device)
+    most = fixed + (0 if spilled else states)
+    ahead, experts = False, 1
+    if on_card and room is not None:
+        ahead = most + layer <= room
+        most += layer if ahead else 0
+        # each more of them keeps what one has, and all of w1 and w3 that is made meanwhile
+        more = gram_bytes(inner, options.block) + factors + 12 * matrix
+        experts = min(config.num_experts, 1 + max(0, room - most) // more)
+        most += (experts - 1) * more
+    return Needs(most, Room(spilled, experts, ahead), _operations(source, how, tokens), stream.device)
 
 
 def _operations(source: Checkpoint, how: Calibrated, tokens: int) -> float:

@@ -32,9 +32,11 @@ from . import report
 from .kinds import Kind
 from .matrix import Options
 from .mixtures import MATRICES
-from .passage import Passage
+from .passage import Passage, Room
 from .run import File, copied, region
 from .worker import Method
+
+_PLAIN = Room()
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,9 @@ class Calibrated:
 
 
 def plan_packed(
-    source: Checkpoint, kind: Kind, how: Calibrated, stream: Stream, conversion: Conversion, *, spilled: bool = False,
-    experts: int = 1,
-) -> Job:  # fmt: skip
-    """Layout D with its linears in the kind's format; so many experts in step, which changes no byte. Raises UsageError
-    for a model that does not fit it."""
+    source: Checkpoint, kind: Kind, how: Calibrated, stream: Stream, conversion: Conversion, *, room: Room = _PLAIN
+) -> Job:
+    """Layout D with its linears in the kind's format. Raises UsageError for a model that does not fit it."""
     kind.expect_fits(source.config)
     main = source.main_dtype()
     plain = kind.plain_dtype(main)
@@ -77,9 +77,7 @@ def plan_packed(
     method = Method(lambda _: scheme, lambda _: plain, how.options, how.smooth, how.sequential)
 
     def work(output: Output) -> Iterable[Anew]:
-        passage = Passage(
-            source, stream, method, how.text.sequences, output, head=False, spilled=spilled, experts=experts
-        )
+        passage = Passage(source, stream, method, how.text.sequences, output, head=False, room=room)
         for index in range(source.config.num_layers):
             slots = tuple(layer_slots(index, source.config.num_experts))
             yield Anew(slots, functools.partial(_layer, passage, index))
@@ -92,9 +90,8 @@ def plan_packed(
 
 
 def plan_blocks(
-    source: Checkpoint, file: File, job: Job, how: Calibrated, stream: Stream, *, spilled: bool = False,
-    experts: int = 1,
-) -> Job:  # fmt: skip
+    source: Checkpoint, file: File, job: Job, how: Calibrated, stream: Stream, *, room: Room = _PLAIN
+) -> Job:
     """A GGUF that is planned already, its matrices rounded over the text. Raises UsageError for a type without grid."""
     for slot, choice in file.choices.items():
         if slot.role in MATRICES and choice.type not in NATIVE:
@@ -112,9 +109,7 @@ def plan_blocks(
     head = not source.tied and file.choices[Slot(Role.HEAD)].type in NATIVE
 
     def units(output: Output) -> list[Unit]:
-        passage = Passage(
-            source, stream, method, how.text.sequences, output, head=head, spilled=spilled, experts=experts
-        )
+        passage = Passage(source, stream, method, how.text.sequences, output, head=head, room=room)
         made = [copied(source, file, Slot(Role.EMBED))]
         for index in range(source.config.num_layers):
             slots = tuple(layer_slots(index, source.config.num_experts))

@@ -182,9 +182,7 @@ def carry_out_calibrated(
     how, stream = asked.calibrated(source)
     need = needs(source, how, stream, asked.limit)
     files = [file for file, _ in planned]
-    made = [
-        plan_blocks(source, file, job, how, stream, spilled=need.spilled, experts=need.experts) for file, job in planned
-    ]
+    made = [plan_blocks(source, file, job, how, stream, room=need.room) for file, job in planned]
     notes = tuple(dict.fromkeys(note for job in made for note in job.notes))
     if asked.dry_run:
         notes += (f"one pass over the text for each of {len(made)} types",) if len(made) > 1 else ()

@@ -44,7 +44,7 @@ def quantize_packed(asked: Asked, source: Any, out: Path, kind: Kind, expert_nam
     else:
         how, stream = asked.calibrated(checkpoint)
         need = needs(checkpoint, how, stream, asked.limit)
-        job = plan_packed(checkpoint, kind, how, stream, conversion, spilled=need.spilled, experts=need.experts)
+        job = plan_packed(checkpoint, kind, how, stream, conversion, room=need.room)
         jobs, memory, seconds, said = 1, need.memory, need.seconds if asked.dry_run else None, how.said
     rows = (_row(job, _label(kind), checkpoint),)
     if asked.dry_run:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +41,30 @@ _ROWS = 4096  # of states that are moved at a time
 _NOTE = "states"
 
 
+class Room(NamedTuple):
+    """What memory is spent on, which changes no byte. `spilled`: hidden states lie in a file; `experts` in step;
+    `ahead`: the next layer is read while one is quantized.
+    """
+
+    spilled: bool = False
+    experts: int = 1
+    ahead: bool = False
+
+
 class Passage:
     """Layers are asked for in order; one that was asked for before is run again from the start."""
 
     def __init__(
         self, source: Checkpoint, stream: Stream, method: Method, sequences: tuple[Tensor, ...], output: Output, *,
-        head: bool, spilled: bool = False, experts: int = 1,
+        head: bool, room: Room,
     ) -> None:  # fmt: skip
-        """`head`: whether it will be asked for, behind all layers; `spilled`: hidden states lie in a file; `experts` in
-        step."""
+        """`head`: whether it will be asked for, behind all layers."""
         self.source, self.stream, self.method, self.sequences, self.output = source, stream, method, sequences, output
         self.lengths = [len(ids) for ids in sequences]
-        self.experts = experts
-        self.spilled, self.pass_tokens = spilled, stream.plan(self.lengths).pass_tokens
+        self.room, self.pass_tokens = room, stream.plan(self.lengths).pass_tokens
         self._last = stream.config.num_layers - (0 if head else 1)  # layer, or head, whose inputs are states
         self._states: States | None = None
+        self._coming: tuple[int, Iterator[Arriving]] | None = None  # the layer that the next one read is
 
     def layer(self, index: int) -> Iterator[Packed]:
         """The layer's slots as they are stored, in order. Raises as LayerWork.run, and DiskError."""
@@ -71,15 +80,14 @@ class Passage:
         states, clock = self._before(self.stream.config.num_layers), Clock(self.stream.device)
         work = HeadWork(self.stream, self.method, partial(self._read, None), clock)
         with self._named():
-            for _, packed in work.run(states):
+            for _, packed in self._told("head", work, work.run(states), 2):
                 yield packed
-        self._tell("head", work)
 
     def close(self) -> None:
         """Give memory and disk back."""
         if self._states is not None:
             self._states.close()
-        self._states = None
+        self._states, self._coming = None, None
 
     # --- layers ---
 
@@ -88,7 +96,7 @@ class Passage:
             self._states = self._restored(index)
         if self._states is None or self._states.layer > index:
             self.close()
-            self._states = self.stream.embed(self.sequences, spilled=self.spilled)
+            self._states = self.stream.embed(self.sequences, spilled=self.room.spilled)
         while self._states.layer < index:
             for _ in self._quantized(self._states.layer, self._states, onward=True):
                 pass
@@ -96,15 +104,28 @@ class Passage:
         return self._states
 
     def _quantized(self, index: int, states: States, *, onward: bool) -> Iterator[Stored]:
-        for layer in self.stream.layers(index, index + 1, double=False):
+        for layer in self._read_layers(index):
             clock = Clock(self.stream.device)
             with clock("reading"):
                 layer.finish()
                 self._expect_finite(layer)
-            work = LayerWork(self.stream, layer, self.method, partial(self._read, layer), clock, together=self.experts)
+            read = partial(self._read, layer)
+            work = LayerWork(self.stream, layer, self.method, read, clock, together=self.room.experts)
+            slots = len([*layer_slots(index, self.stream.config.num_experts)])
             with self._named():
-                yield from work.run(states, self.pass_tokens, onward=onward)
-            self._tell(str(index), work)
+                yield from self._told(str(index), work, work.run(states, self.pass_tokens, onward=onward), slots)
+
+    def _read_layers(self, index: int) -> Iterator[Arriving]:
+        """One layer; where there is room, those behind it follow meanwhile."""
+        if not self.room.ahead:
+            yield from self.stream.layers(index, index + 1, double=False)
+            return
+        last = self.stream.config.num_layers
+        following = self._coming[1] if self._coming and self._coming[0] == index else self.stream.layers(index, last)
+        self._coming = index + 1, following
+        yield next(following)
+        if index + 1 == last:
+            self._coming = None
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -114,6 +135,15 @@ class Passage:
         except MixtoolsError as error:
             error.file = error.file or str(self.source.place)
             raise
+
+    def _told(self, name: str, work: Worker, stored: Iterator[Stored], count: int) -> Iterator[Stored]:
+        """What is stored, told of before the last of it is: to a layer that is written no run comes back. Then once
+        more, with all of its seconds."""
+        for number, one in enumerate(stored, 1):
+            if number == count:
+                self._tell(name, work)
+            yield one
+        self._tell(name, work)
 
     def _tell(self, name: str, work: Worker) -> None:
         rows = [{"slot": [slot.role.value, slot.layer, slot.expert], **row} for slot, row in work.rows.items()]
@@ -180,7 +210,7 @@ class Passage:
         if noted is None or noted["layer"] > index or not (path := self._file(noted["layer"])).is_file():
             return None
         width = self.stream.config.hidden_size
-        states, crc = self.stream.states(self.lengths, noted["layer"], spilled=self.spilled), 0
+        states, crc = self.stream.states(self.lengths, noted["layer"], spilled=self.room.spilled), 0
         with path.open("rb") as file:
             for start in range(0, states.tokens, _ROWS):
                 rows = torch.empty(min(_ROWS, states.tokens - start), width, dtype=self.stream.dtype)

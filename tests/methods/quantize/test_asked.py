@@ -13,6 +13,7 @@ from mixtools.errors import MemoryBudgetError
 from mixtools.layouts.reader import Spec
 from mixtools.methods.quantize import asked
 from mixtools.methods.quantize.matrix import Options
+from mixtools.methods.quantize.passage import Room
 from mixtools.storage.dtypes import DType
 
 LARGE = MixtralConfig(4096, 14336, 32, 32, 8, 128, 32000)
@@ -30,24 +31,25 @@ def told(device: str, tokens: int = TOKENS, limit: int | None = None) -> asked.N
 
 
 def test_on_a_cpu_many_states_go_to_a_file() -> None:
-    assert told("cpu").experts == told("cpu", limit=100_000_000_000).experts == 1
-    assert told("cpu").spilled and not told("cpu", 4096).spilled
-    assert not told("cpu", limit=100_000_000_000).spilled
+    assert told("cpu").room == Room(spilled=True) and told("cpu", 4096).room == Room()
+    assert told("cpu", limit=100_000_000_000).room == Room()
     with pytest.raises(MemoryBudgetError, match="--max-memory is too small"):
         told("cpu", limit=3_000_000_000)
 
 
 def test_on_a_card_they_stay_where_it_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the next layer is read ahead, then as many experts go in step as fit; all that is told."""
     free = [130_000_000_000]
     monkeypatch.setattr(asked, "memory_for", lambda device, limit: free[0])
     need = told("cuda:1")
-    assert not need.spilled and need.memory > 2 * TOKENS * 4096 * 2
-    for experts in range(7, 0, -1):  # in step as many as fit, and all of what each takes is told
+    assert need.room == Room(False, 8, True) and need.memory > 2 * TOKENS * 4096 * 2
+    for experts in range(7, 0, -1):
         free[0] = told("cuda:1").memory - 1
-        assert told("cuda:1").experts == experts and told("cuda:1").memory <= free[0]
-        assert not told("cuda:1").spilled
+        assert told("cuda:1").room == Room(False, experts, True) and told("cuda:1").memory <= free[0]
     free[0] = told("cuda:1").memory - 1
-    assert told("cuda:1").spilled and told("cuda:1").experts == 1
+    assert told("cuda:1").room == Room(False, 1, False)
+    free[0] = told("cuda:1").memory - 1
+    assert told("cuda:1").room.spilled
     free[0] = 5_000_000_000
     with pytest.raises(MemoryBudgetError, match="cuda:1 has too little memory free"):
         told("cuda:1")

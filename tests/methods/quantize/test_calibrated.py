@@ -177,6 +177,30 @@ def test_killed_anywhere_it_ends_the_same(
     assert points > 6
 
 
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_killed_as_a_layer_is_told_of(
+    tmp_path: Path, small: Path, layer: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run comes back to the last one once it is written: what is told of it must be there by then."""
+    options: dict[str, Any] = {"method": "gptq", "group_size": 32}
+    tell, calls = passage.Passage._tell, []
+
+    def dying(self: passage.Passage, name: str, work: Any) -> None:
+        calls.append(name)
+        if calls.count(layer) == call:
+            raise KilledError
+        tell(self, name, work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passage.Passage, "_tell", dying)
+        with pytest.raises(KilledError):
+            quantize(tmp_path / "out", small, **options)
+    quantize(tmp_path / "out", small, **options)
+    report = json.loads((tmp_path / "out" / "quantize-report.json").read_text("utf-8"))
+    assert {row["layer"] for row in report["matrices"]} == {0, 1, 2}
+
+
 def test_killed_for_good(tmp_path: Path) -> None:
     """By SIGKILL, before changes to the disk: nothing in the process has a say."""
     script = Path(__file__).parent / "killed_calibrated.py"
