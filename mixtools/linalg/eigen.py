@@ -40,12 +40,9 @@ class Eigen(Protocol):
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Eigenvalues of `matrix` [p, p] fp64, of which the lower triangle is read: [p], ascending, on the CPU.
-
-    A GPU uses its memory up.
-    """
+    """Eigenvalues of `matrix` [p, p] fp64, of which the lower triangle is read: [p], ascending, on the CPU."""
     if has_kernels(matrix.device):
-        return decompose(matrix).values
+        return decompose(matrix.clone()).values
     values: Tensor = torch.linalg.eigvalsh(matrix)
     return values.cpu()
 
@@ -71,6 +68,7 @@ def on_card(matrices: Tensor) -> list[Eigen]:
     for matrix in matrices:
         above = matrix.tril(-1).T
         matrix.tril_().add_(above)
+    matrices = matrices.mT if matrices.mT.is_contiguous() else matrices.contiguous()  # which is the same now
     parts = symmetric.gpu_tridiagonal(matrices)
     values = symmetric.gpu_tridiagonal_values(*parts[:2])
     return [*map(Reduced, matrices, *parts, values)]

@@ -39,7 +39,8 @@ pytestmark = [
 CARD = torch.cuda.is_available()
 DEVICE = "cuda" if CARD else "cpu"
 HIDDEN, INNER = (4096, 14336) if CARD else (256, 32)
-NANO = Path(__file__).resolve().parents[1] / "data" / "nano-mixtral"
+DATA = Path(__file__).resolve().parents[1] / "data"
+NANO = DATA / "nano-mixtral"
 DIGITS = {torch.bfloat16: 2.0**-8 if CARD else 2.0**-7, torch.float16: 2.0**-11, torch.float32: 0.0}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from ...names import Slot
 from .figures import WEIGHTS
 from .method import Options
 
-_SHARE = 2  # of what is free on the device, one part
+_SHARE = 4  # of what is free on the device, one part: what is left over of groups before may still be there
+_KEPT = 2  # groups before the last whose matrices another thread may still be about to ask for
 
 
 class Together:
@@ -26,17 +27,17 @@ class Together:
         self.source, self.device = source, device
         free = memory_for(device, None)
         self.groups = groups(source, slots, sys.maxsize if free is None else free // _SHARE)
+        self._group_of = {slot: number for number, group in enumerate(self.groups) for slot in group}
         self._ready: dict[Slot, Decomposition] = {}
-        self._last: Sequence[Slot] = ()
 
     def take(self, slot: Slot, read: Callable[[Slot], Tensor]) -> Decomposition:
         """Raises SpectrumError, which names file and tensor, for NaN or Inf in it or in one beside it."""
         if slot not in self._ready:
+            number = self._group_of[slot]
             # what nobody took, an earlier run had made
-            self._ready = {kept: found for kept, found in self._ready.items() if kept in self._last}
-            group = next(group for group in self.groups if slot in group)
+            self._ready = {kept: found for kept, found in self._ready.items() if self._group_of[kept] >= number - _KEPT}
+            group = self.groups[number]
             self._ready |= zip(group, decompose_batch([self._checked(one, read) for one in group]), strict=True)
-            self._last = group
         return self._ready.pop(slot)
 
     def _checked(self, slot: Slot, read: Callable[[Slot], Tensor]) -> Tensor:
@@ -57,7 +58,7 @@ def groups(source: Checkpoint, slots: Iterable[Slot], most_bytes: int) -> list[l
     for slot in slots:
         shape, dtype = source.spec(slot)
         order = min(shape)
-        size = dtype.nbytes(shape) + 8 * order**2
+        size = dtype.nbytes(shape) + 10 * order**2  # the weight, its form, and scratch of that
         beside = made.setdefault((slot.layer, order), [[]])
         if (len(beside[-1]) + 1) * size > most_bytes and beside[-1]:
             beside.append([])

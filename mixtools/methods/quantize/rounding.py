@@ -61,18 +61,17 @@ def second_order(given: Sequence[Given], grids: Sequence[Grid]) -> list[Rounded]
     ordered = [one.weights[one.found.order] for one in given]
     groups = [grid.groups_of(one.found.order).int().cpu() for one, grid in zip(given, grids, strict=True)]
     size, width = given[0].weights.shape
-    # [in, matrices, out]
-    codes = torch.zeros(size, len(given), width, dtype=torch.uint8, device=ordered[0].device)
+    codes = torch.zeros(len(given), size, width, dtype=torch.uint8, device=ordered[0].device)
     errors = torch.zeros_like(codes, dtype=ordered[0].dtype)
-    made = [Rounded(grid, codes[:, number], errors[:, number]) for number, grid in enumerate(grids)]
 
     def rounded(block: slice, targets: list[Tensor], bases: list[Tensor], feedback: list[Tensor]) -> None:
-        now = codes[block].transpose(0, 1), errors[block].transpose(0, 1)
+        now = codes[:, block], errors[:, block]
         _round(grids, [one[block] for one in groups], now, targets=targets, weights=bases, feedback=feedback)
 
     _walk([one.found for one in given], ordered, errors, rounded)
     backs = [torch.argsort(one.found.order) for one in given]
-    return [Rounded(one.grid, one.codes[back], one.errors[back]) for one, back in zip(made, backs, strict=True)]
+    made = zip(grids, codes, errors, backs, strict=True)
+    return [Rounded(grid, own_codes[back], own_errors[back]) for grid, own_codes, own_errors, back in made]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def lost(trials: Sequence[Trial]) -> Tensor:
     steps, leasts = (torch.stack([getattr(grid, name) for grid in grids]) for name in ("scale", "min"))
     groups = torch.stack([trial.grids[0].groups_of(trial.found.order).int() for trial in trials]).cpu()
     groups = groups.repeat_interleave(each, 0)  # [trials * tries, in]
-    errors = torch.zeros(len(scales), len(trials), each * out, device=scales.device)
+    errors = torch.zeros(len(trials), len(scales), each * out, device=scales.device)
     codes = torch.empty(len(grids), BLOCK, out, dtype=torch.uint8, device=scales.device)
     total = torch.zeros(len(trials), each, dtype=torch.float64, device=scales.device)
 
@@ -129,13 +128,13 @@ def lost(trials: Sequence[Trial]) -> Tensor:
         )  # fmt: skip
         round_block(given, grids[0].choices, threads=torch.get_num_threads())
         missed = wanted.sub_(weights).add_(own).div_(scale)  # each target less the value that it became
-        errors[block] = own.div_(scale).flatten(2)
+        errors[:, block] = own.div_(scale).flatten(2).transpose(0, 1)
         total.add_((missed.square_().sum(-1) * pivots[block]).sum(0, dtype=torch.float64))
 
     _walk(found, ordered, errors, rounded)
     added = torch.tensor([trial.added for trial in trials], dtype=torch.float64, device=scales.device)
-    for part in torch.split(errors, BLOCK):  # a sum of float64 takes a copy of so many digits
-        squares = part.square_().view(len(part), len(trials), each, out).sum((0, 3), dtype=torch.float64)
+    for part in torch.split(errors, BLOCK, 1):  # a sum of float64 takes a copy of so many digits
+        squares = part.square_().view(*part.shape[:2], each, out).sum((1, 3), dtype=torch.float64)
         total.sub_(squares.mul_(added[:, None]))
     return total
 
@@ -146,7 +145,7 @@ def _walk(
 ) -> None:  # fmt: skip
     """Go over the columns of several matrices in their orders, block by block, all in step.
 
-    `ordered` [in, out] of each, its rows maybe several times beside each other in `errors` [in, matrices, times * out].
+    `ordered` [in, out] of each, its rows maybe several times beside each other in `errors` [matrices, in, times * out].
     `rounded` takes, of each, a block's targets and weights [b, times * out] and the feedback within it [b, b]; it sets
     `errors` of the block: weight less value.
     """
@@ -154,7 +153,7 @@ def _walk(
     carried: list[Tensor | None] = [None] * len(found)  # of few inputs: what panels ask of those behind, [k, width]
     for panels in zip(*(one.panels for one in found), strict=True):
         start, size = panels[0].start, len(panels[0].feedback)
-        inside = [errors[start : start + size, number] for number in range(len(found))]
+        inside = [own[start : start + size] for own in errors]
         bases = [lines[start : start + size] for lines in ordered]
         for number, (panel, asked) in enumerate(zip(panels, carried, strict=True)):
             if panel.inputs is not None and asked is not None:
