@@ -143,7 +143,7 @@ def reflect(
         v = _reflector(x, row, there, after, scale)
         across += (one * PARTS + part) * ORDER
         lines = matrix + tl.minimum(row, ORDER - 1).to(tl.int64)[:, None] * ORDER
-        middle = tl.maximum(top // COLUMNS * COLUMNS, first)
+        middle = top // COLUMNS * COLUMNS
         sums = _times(sums, lines, across, v, row, first, middle, x, after, scale, ORDER, COLUMNS, True, False)
         end = tl.minimum(top + LINES, ORDER)
         sums = _times(sums, lines, across, v, row, middle, end, x, after, scale, ORDER, COLUMNS, True, True)
