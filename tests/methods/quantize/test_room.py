@@ -64,6 +64,24 @@ def test_it_changes_no_byte(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert told == [("read", 0), ("read", 1), ("begun", 0), ("begun", 1)]
 
 
+def test_a_layer_that_is_asked_for_again_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And behind the last, no layer's memory is held."""
+    expected = quantize(tmp_path / "plain", "gguf")
+    layer, seen = passage.Passage.layer, []
+
+    def twice(self: passage.Passage, index: int) -> Any:
+        begun = layer(self, index)
+        next(begun)
+        yield from layer(self, index)
+        seen.append((self, self._coming))
+
+    monkeypatch.setattr(passage.Passage, "layer", twice)
+    with_room(monkeypatch, Room(ahead=True))
+    assert quantize(tmp_path / "out", "gguf") == expected
+    coming = [coming for _, coming in seen]
+    assert coming[0] is not None and coming[-1] is None
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(monkeypatch, Room(experts=2, ahead=True))
     kills = 0
