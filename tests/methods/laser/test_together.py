@@ -143,6 +143,20 @@ def test_what_an_earlier_run_saw_is_not_looked_at_again(nano: Checkpoint, in_gro
     assert [len(group) for group in in_groups] == [8, 3]
 
 
+@pytest.mark.parametrize("asked", ["analyse", "spectrum", "scan"])
+def test_all_are_read_to_the_device(
+    asked: str, nano: Checkpoint, in_groups: list[list[Slot]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Slot] = []
+    plain = worker.Worker.weight
+    monkeypatch.setattr(worker.Worker, "weight", lambda self, slot: read.append(slot) or plain(self, slot))
+    slots = chosen(nano, layers="0", targets="w2")
+    work = worker.Worker(nano, Options(), CPU, None)
+    work.expect(slots)
+    getattr(work, asked)(slots[3])
+    assert read == slots and [len(group) for group in in_groups] == [8]
+
+
 def test_a_bad_matrix_is_named_and_not_the_one_that_was_asked_for(
     nano: Checkpoint, tmp_path: Path, in_groups: list[list[Slot]]
 ) -> None:
