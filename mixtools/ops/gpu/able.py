@@ -6,6 +6,9 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
+
+from ...errors import MixtoolsError
 
 LEAST = (8, 0)  # compute capability: bf16 needs it
 
@@ -26,6 +29,12 @@ def problem(device: torch.device) -> str | None:
         has, needs = (".".join(map(str, version)) for version in (capability, LEAST))
         return f"{torch.cuda.get_device_name(device)} is too old: compute capability {has}, and bf16 needs {needs}"
     return None
+
+
+def check(tensor: Tensor) -> None:
+    """Raises MixtoolsError for one on a CPU where no interpreter is asked for."""
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise MixtoolsError("kernels for a GPU take CPU tensors in Triton's interpreter alone (TRITON_INTERPRET=1)")
 
 
 def remark(device: torch.device) -> str | None:

@@ -6,13 +6,11 @@ An operation takes tensors and numbers, so planes come as their parts and what e
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from ...errors import MixtoolsError
-from . import launch
+from . import able, launch
 from .planes import Kind, Planes
 
 
@@ -150,7 +148,7 @@ def _(
 @torch.library.custom_op("mixtools::gpu_unpack", mutates_args=())
 def gpu_unpack(parts: list[Tensor], kind: str, columns: int, matrix_rows: int, dtype: torch.dtype) -> Tensor:
     planes = _planes(parts, kind, columns, matrix_rows)
-    check_device(parts[0])
+    able.check(parts[0])
     out = parts[0].new_empty((planes.rows, columns), dtype=dtype)
     launch.unpack(planes, out).run()
     return out
@@ -213,7 +211,7 @@ def gpu_turn(
         told = f"{q.dtype} {list(q.shape)} and {list(k.shape)} by tables {list(cos.shape)}"
         raise MixtoolsError(f"no kernel turns {told} into a cache of {keys.dtype} {list(keys.shape)}")
     _check_seen(seen, len(q))
-    check_device(q)
+    able.check(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads = tuple(one if one.stride()[1:] == (one.shape[2], 1) else one.contiguous() for one in (q, k, v))
     launch.turn((heads[0], heads[1], heads[2]), (cos, sin), seen.contiguous(), out, keys, values).run()
@@ -238,7 +236,7 @@ def gpu_attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         told = f"{q.dtype} {list(q.shape)} over {keys.dtype} {list(keys.shape)}"
         raise MixtoolsError(f"no kernel computes the attention of {told} and {values.dtype} {list(values.shape)}")
     _check_seen(seen, len(q))
-    check_device(q)
+    able.check(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     cache = keys.contiguous(), values.contiguous()
     for started in launch.attend(q.contiguous(), *cache, seen.contiguous(), out):
@@ -269,12 +267,7 @@ def _check_x(x: Tensor, dimensions: int, columns: int, dtype: torch.dtype) -> No
         raise MixtoolsError(f"x {x.dtype} {list(x.shape)} does not fit rows of {columns} columns")
     if dtype not in (x.dtype, torch.float32):
         raise MixtoolsError(f"results are of x's {x.dtype} or fp32, not {dtype}")
-    check_device(x)
-
-
-def check_device(tensor: Tensor) -> None:
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise MixtoolsError("kernels for a GPU take CPU tensors in Triton's interpreter alone (TRITON_INTERPRET=1)")
+    able.check(x)
 
 
 def _check_choices(experts: Tensor, x: Tensor) -> None:

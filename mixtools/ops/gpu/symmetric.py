@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ...errors import MixtoolsError
-from . import launch
+from . import able, launch
 from .launch import Arguments, Launch
-from .library import check_device
 
 _EPSILON = torch.finfo(torch.float64).eps
 # Halvings of the place where eigenvalues may lie: as wide as twice the largest, it becomes half a unit of its last.
@@ -122,7 +121,7 @@ def twist(
     return Launch("twist", (-(-count // lanes),), arguments, {"LANES": lanes}, "tridiagonal")
 
 
-@torch.library.custom_op("mixtools::gpu_tridiagonal", mutates_args=("matrices",))
+@library.custom_op("mixtools::gpu_tridiagonal", mutates_args=("matrices",))
 def gpu_tridiagonal(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric `matrices` fp64 [M, p, p], dense and whole -> d [M, p], e and tau [M, p - 1] of Q' A Q = T.
 
@@ -144,7 +143,7 @@ def _(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return matrices.new_empty(count, order), e, tau
 
 
-@torch.library.custom_op("mixtools::gpu_tridiagonal_values", mutates_args=())
+@library.custom_op("mixtools::gpu_tridiagonal_values", mutates_args=())
 def gpu_tridiagonal_values(d: Tensor, e: Tensor) -> Tensor:
     """Eigenvalues, ascending, of matrices with diagonals d [M, p] and beside them e [M, p - 1], fp64 -> [M, p].
 
@@ -162,7 +161,7 @@ def _(d: Tensor, e: Tensor) -> Tensor:
     return torch.empty_like(d)
 
 
-@torch.library.custom_op("mixtools::gpu_tridiagonal_vectors", mutates_args=())
+@library.custom_op("mixtools::gpu_tridiagonal_vectors", mutates_args=())
 def gpu_tridiagonal_vectors(d: Tensor, e: Tensor, values: Tensor) -> Tensor:
     """Unit vectors [p, k] of a matrix with diagonal d [p] and beside it e [p - 1], to its eigenvalues [k]; all fp64.
 
@@ -207,4 +206,4 @@ def _check_form(d: Tensor, e: Tensor) -> None:
 def _check(tensor: Tensor, dimensions: int) -> None:
     if tensor.dtype != torch.float64 or tensor.ndim != dimensions or 0 in tensor.shape[:-1]:
         raise MixtoolsError(f"eigenproblems are solved in fp64 here, not {tensor.dtype} {list(tensor.shape)}")
-    check_device(tensor)
+    able.check(tensor)
