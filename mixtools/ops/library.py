@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..errors import MixtoolsError
 from ..storage.dtypes import WEIGHT_DTYPES, DType
@@ -24,7 +24,7 @@ def transpose_reference(weight: Tensor) -> Tensor:
     return weight.t().clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mixtools::transpose", mutates_args=(), device_types="cpu")
+@library.custom_op("mixtools::transpose", mutates_args=(), device_types="cpu")
 def transpose(weight: Tensor, threads: int = 1) -> Tensor:
     """`weight` [rows, cols], real, any strides -> its transpose [cols, rows], contiguous, bit for bit.
 
@@ -69,7 +69,7 @@ def first_nonfinite_reference(values: Tensor) -> Tensor:
     return found[0, 0] if len(found) else torch.tensor(-1)
 
 
-@torch.library.custom_op("mixtools::first_nonfinite", mutates_args=(), device_types="cpu")
+@library.custom_op("mixtools::first_nonfinite", mutates_args=(), device_types="cpu")
 def first_nonfinite(values: Tensor, threads: int = 1) -> Tensor:
     """Index of the first NaN or infinity in `values`, counted row by row, or -1: a scalar, int64.
 
@@ -98,7 +98,7 @@ def multiply_blocks_reference(x: Tensor, blocks: Tensor, type: str) -> Tensor:
     return (x.double() @ values.double().T).float()
 
 
-@torch.library.custom_op("mixtools::multiply_blocks", mutates_args=(), device_types="cpu")
+@library.custom_op("mixtools::multiply_blocks", mutates_args=(), device_types="cpu")
 def multiply_blocks(x: Tensor, blocks: Tensor, type: str, threads: int = 1) -> Tensor:
     """`x` [tokens, in], fp32 or bf16, times ggml's `blocks` uint8 [out, bytes of a row], transposed -> [tokens, out].
 
@@ -115,7 +115,7 @@ def _(x: Tensor, blocks: Tensor, type: str, threads: int = 1) -> Tensor:
     return x.new_empty((len(x), len(blocks)), dtype=torch.float32)
 
 
-@torch.library.custom_op("mixtools::decode_blocks", mutates_args=(), device_types="cpu")
+@library.custom_op("mixtools::decode_blocks", mutates_args=(), device_types="cpu")
 def decode_blocks(blocks: Tensor, type: str, dtype: torch.dtype, threads: int = 1) -> Tensor:
     """ggml's `blocks` uint8 [rows, bytes of a row] of `type` -> their values [rows, columns], rounded once to `dtype`.
 

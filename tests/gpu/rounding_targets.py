@@ -5,16 +5,13 @@ As targets.py, whose process this one is like: the tests' own interprets kernels
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from gpu.targets import TARGETS, NoDriver, disassembled, in_compiler, instructions, loop
+from gpu import started
+from gpu.started import Code
+from gpu.targets import TARGETS
 from torch import Tensor
 
 from mixtools.ops.gpu import round
@@ -39,26 +36,14 @@ class Case:
         return f"{self.target} {told} {self.matrices} of {self.columns} x {self.rows}"
 
 
-@dataclass(frozen=True)
-class Code:
-    """`loop`, `whole`: instructions by name, of the loop over earlier columns and of all. `spilled`: bytes."""
-
-    registers: int
-    spilled: int
-    shared: int
-    loop: dict[str, int]
-    whole: dict[str, int]
-    texts: dict[str, bool]
-
-    def per_item(self, columns: int = COLUMNS, lanes: int = 32) -> float:
-        """Instructions of a warp for each row and column of a block at most, all of a tile's being taken."""
-        tiles, body = columns // round.TILE, sum(self.loop.values())
-        return (tiles * (tiles - 1) / 2 * body + tiles * (sum(self.whole.values()) - body)) / (columns * lanes)
+def per_item(code: Code, columns: int = COLUMNS, lanes: int = 32) -> float:
+    """Instructions of a warp for each row and column of a block at most, all of a tile's being taken."""
+    tiles, body = columns // round.TILE, sum(code.loop.values())
+    return (tiles * (tiles - 1) / 2 * body + tiles * (sum(code.whole.values()) - body)) / (columns * lanes)
 
 
 def compiled(cases: Sequence[Case]) -> dict[Case, Code]:
-    """In a process of its own; Triton keeps what was compiled, until its source changes."""
-    return {case: Code(**code) for case, code in zip(cases, in_compiler(__file__, cases), strict=True)}
+    return started.compiled(__file__, cases)
 
 
 # --- in the process that compiles ------------------------------------------------------------------------------------
@@ -80,46 +65,20 @@ def launched(case: Case) -> Launch:
     return round.round_blocks(tensors, levels, TARGETS[case.target][2])
 
 
-def read(case: Case) -> Code:
-    """Of what a launch by Triton's own way compiles."""
-    from triton.runtime import driver
-
-    driver.set_active(NoDriver(case.target))
-    started = launched(case)
-    started.function.device_caches.clear()  # of the target before this one
-    made = started.function.warmup(**started.arguments, **started.constants, grid=started.grid, **started.options)
-    if case.target.startswith("gfx"):
-        return _amd(made)
-    registers, spilled, sass = disassembled(made.asm["cubin"])
-    ptx = made.asm["ptx"]
-    texts = {
-        "divides exactly": ptx.count("div.rn.f32") == round.TILE,
-        "fuses": "fma" in ptx or any(line.startswith("FFMA") for line in loop(sass)),
-        "flushes": ".ftz" in ptx,
+def texts(text: str, code: Code) -> dict[str, bool]:
+    if ".amdhsa_" in text:
+        fused = sum(count for name, count in code.whole.items() if "fma" in name or "mac" in name)
+        return {
+            "divides exactly": code.whole["v_div_fixup_f32"] == round.TILE,
+            "fuses": fused > 6 * round.TILE,  # which a division itself is made of
+            "flushes": ".amdhsa_float_denorm_mode_32 3" not in text,
+        }
+    return {
+        "divides exactly": text.count("div.rn.f32") == round.TILE,
+        "fuses": "fma" in text or "FFMA" in code.loop,
+        "flushes": ".ftz" in text,
     }
-    of_loop, whole = (_counted(lines) for lines in (loop(sass), [*instructions(sass)]))
-    return Code(registers, spilled, made.metadata.shared, of_loop, whole, texts)
-
-
-def _amd(made: Any) -> Code:
-    text = made.asm["amdgcn"]
-    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-    lines = [line.strip() for line in text.splitlines() if line.startswith("\t") and line[1:2].isalpha()]
-    names = Counter(line.split()[0] for line in lines)
-    fused = sum(count for name, count in names.items() if "fma" in name or "mac" in name)
-    texts = {
-        "divides exactly": names["v_div_fixup_f32"] == round.TILE,
-        "fuses": fused > 6 * round.TILE,  # which a division itself is made of
-        "flushes": ".amdhsa_float_denorm_mode_32 3" not in text,
-    }
-    # scalars that have no room lie in lanes of a vector register: no memory
-    spilled = found["private_segment_fixed_size"] + 4 * found["vgpr_spill_count"]
-    return Code(found["vgpr_count"], spilled, made.metadata.shared, {}, dict(names), texts)
-
-
-def _counted(lines: Sequence[str]) -> dict[str, int]:
-    return dict(Counter(line.split()[0].split(".")[0] for line in lines))
 
 
 if __name__ == "__main__":
-    json.dump([asdict(read(Case(**case))) for case in json.load(sys.stdin)], sys.stdout)
+    started.answer(Case, launched, texts)

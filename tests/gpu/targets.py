@@ -262,20 +262,20 @@ class Language(NamedTuple):
     load: str
 
 
-_NVIDIA = Language(
+NVIDIA = Language(
     r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?((?!NOP).*?) ?;", r"(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", "LDG"
 )
 AMD = Language(r"\t([a-z]\w*.*)", r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", "global_load")
 
 
-def instructions(lines: str | Iterable[str], language: Language = _NVIDIA) -> Iterable[str]:
+def instructions(lines: str | Iterable[str], language: Language = NVIDIA) -> Iterable[str]:
     """Without what only fills the end up."""
     for line in lines.splitlines() if isinstance(lines, str) else lines:
         if found := re.match(language.instruction, line):
             yield found[1]
 
 
-def loops(text: str, language: Language = _NVIDIA) -> list[list[str]]:
+def loops(text: str, language: Language = NVIDIA) -> list[list[str]]:
     """The instructions of each loop that holds no other."""
     lines = text.splitlines()
     labels = {found[1]: index for index, line in enumerate(lines) if (found := re.match(language.label, line))}
@@ -288,7 +288,7 @@ def loops(text: str, language: Language = _NVIDIA) -> list[list[str]]:
     return [[*instructions(lines[first:last], language)] for first, last in inner]
 
 
-def loop(text: str, language: Language = _NVIDIA) -> list[str]:
+def loop(text: str, language: Language = NVIDIA) -> list[str]:
     """The instructions of the loop that loads most, of those that hold no other; all where there is none."""
     bodies = loops(text, language)
     loads = {count: body for body in bodies if (count := sum(name.startswith(language.load) for name in body))}

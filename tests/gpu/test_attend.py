@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops.gpu import launch, library, reference
@@ -86,7 +87,7 @@ def test_room_beyond_what_is_seen_changes_nothing():
 
 def test_attention_is_a_well_formed_operation():
     q, keys, values, seen = made("one token alone")
-    torch.library.opcheck(library.gpu_attend, (q, keys, values, seen))
+    opcheck(library.gpu_attend, (q, keys, values, seen))
     with pytest.raises(MixtoolsError, match="columns seen by 1 texts"):
         library.attend(q, keys, values, seen.long())
     refused = [

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from ops.test_encode import COLS, rows_of_all_kinds
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops import encode as cpu
@@ -141,7 +142,7 @@ def test_no_rows_have_no_blocks():
 def test_encoding_is_a_well_formed_operation():
     rows = rows_of(BF16)[:4, :64]
     for weights in (None, importance(64)):
-        torch.library.opcheck(encoding.gpu_encode_blocks, (rows, "Q8_0", weights))
+        opcheck(encoding.gpu_encode_blocks, (rows, "Q8_0", weights))
 
 
 def test_what_is_not_encoded_is_refused(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu.matrices import KINDS, Made, make
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops.gpu import launch, library, planes, reference
@@ -302,10 +303,10 @@ def test_operations_are_well_formed():
     x, experts = inputs(1, made.columns, dtype=torch.bfloat16), torch.tensor([[3, 1]])
     weights, inner = torch.rand(1, 2), inputs(1, 2, made.columns, dtype=torch.bfloat16)
     of, dtype = library.arguments(made), torch.float32
-    torch.library.opcheck(library.gpu_gemv, (x, *of, dtype))
-    torch.library.opcheck(library.gpu_gate_up, (x, experts, *of, 2, dtype))
-    torch.library.opcheck(library.gpu_down, (inner, experts, weights, *of, 4, torch.bfloat16))
-    torch.library.opcheck(library.gpu_unpack, (*of, torch.float16))
+    opcheck(library.gpu_gemv, (x, *of, dtype))
+    opcheck(library.gpu_gate_up, (x, experts, *of, 2, dtype))
+    opcheck(library.gpu_down, (inner, experts, weights, *of, 4, torch.bfloat16))
+    opcheck(library.gpu_unpack, (*of, torch.float16))
 
 
 def test_operations_agree_with_their_references():

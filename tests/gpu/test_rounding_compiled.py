@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpu.rounding_targets import TARGETS, Case, Code, compiled
+from gpu.rounding_targets import TARGETS, Case, Code, compiled, per_item
 
 from mixtools.ops.gpu import round
 
@@ -50,4 +50,4 @@ def test_what_a_weight_costs(codes, case):
     assert (names.get("FMUL", 0) + 2 * twos[0], names.get("FADD", 0) + 2 * twos[1]) == (squared, squared)
     assert names["LDG"] == squared + round.TILE
     assert sum(names.values()) < 4.5 * squared
-    assert code.per_item() * 32 < 450  # of a lane, for a row and a column of a block of 128
+    assert per_item(code) * 32 < 450  # of a lane, for a row and a column of a block of 128

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops.gpu import launch, library, reference
@@ -76,7 +77,7 @@ def test_large_logits_do_not_overflow():
 
 def test_routing_is_a_well_formed_operation():
     x, norm, router = inputs(2, 40, 8, torch.float32)
-    torch.library.opcheck(library.gpu_route, (x, norm, router, EPS, 2))
+    opcheck(library.gpu_route, (x, norm, router, EPS, 2))
     assert torch.equal(
         library.route(x.T.contiguous().T, norm, router, EPS, 2)[0], library.route(x, norm, router, EPS, 2)[0]
     )
@@ -99,7 +100,7 @@ def test_normalising_is_what_routing_makes(tokens, columns, dtype):
 
 def test_normalising_is_a_well_formed_operation():
     x, norm, _ = inputs(2, 40, 8, torch.float32)
-    torch.library.opcheck(library.gpu_normalise, (x, norm, EPS))
+    opcheck(library.gpu_normalise, (x, norm, EPS))
     for wrong in ((x, norm.half()), (x, norm[:3]), (x[0], norm)):
         with pytest.raises(MixtoolsError, match="fit"):
             library.normalise(*wrong, EPS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor, library
+from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.linalg import eigen
@@ -270,9 +271,9 @@ def test_the_outputs_norm_is_a_cpus(shape, side, monkeypatch):
 
 def test_they_are_well_formed():
     matrices = symmetric_of(3, count=2)
-    library.opcheck(symmetric.gpu_tridiagonal, (matrices,))
-    library.opcheck(symmetric.gpu_tridiagonal_values, (random_of(2, 3), random_of(2, 2)))
-    library.opcheck(symmetric.gpu_tridiagonal_vectors, (random_of(4), random_of(3), random_of(2)))
+    opcheck(symmetric.gpu_tridiagonal, (matrices,))
+    opcheck(symmetric.gpu_tridiagonal_values, (random_of(2, 3), random_of(2, 2)))
+    opcheck(symmetric.gpu_tridiagonal_vectors, (random_of(4), random_of(3), random_of(2)))
 
 
 def test_what_is_no_eigenproblem_is_refused(monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops.gpu import library, reference
@@ -57,7 +58,7 @@ def test_turning_is_a_well_formed_operation():
     q, k, v = given["heads"]
     cos, sin = given["tables"]
     seen, keys, values = given["seen"], torch.zeros(2, 2, CAPACITY, 16), torch.zeros(2, 2, CAPACITY, 16)
-    torch.library.opcheck(library.gpu_turn, (q, k, v, cos, sin, seen, keys, values))
+    opcheck(library.gpu_turn, (q, k, v, cos, sin, seen, keys, values))
     refused: list[tuple[Tensor, ...]] = [
         (q[..., :12], k[..., :12], v[..., :12], cos[..., :6], sin[..., :6], keys[..., :12], values[..., :12]),
         (q, k[:1], v[:1], cos, sin, keys, values), (q, k, v.half(), cos, sin, keys, values),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops.feedback import Block, round_block, round_block_reference
@@ -296,7 +297,7 @@ def test_a_well_formed_operation(levels):
     table, low = (None, levels.start) if isinstance(levels, range) else (levels, 0)
     for block in (block_of((9, 33), levels), block_of((1, 1), levels), batch_of([block_of((5, 6), levels)] * 2)):
         operation = torch.ops.mixtools.round_block.default
-        torch.library.opcheck(operation, (*tensors(block), table, len(levels), low, 2))
+        opcheck(operation, (*tensors(block), table, len(levels), low, 2))
 
 
 def test_parameters_are_not_changed_behind_autograd():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from card import Card, OnCard
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops import library as ops
@@ -57,8 +58,8 @@ def test_turned_and_dense_where_they_lie(name, there):
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_transpose_is_a_well_formed_operation(name):
-    torch.library.opcheck(ops.transpose, (MATRICES[name]().bfloat16(),))
-    torch.library.opcheck(ops.transpose, (MATRICES[name](), 2))
+    opcheck(ops.transpose, (MATRICES[name]().bfloat16(),))
+    opcheck(ops.transpose, (MATRICES[name](), 2))
 
 
 def test_transpose_of_a_parameter():
@@ -109,8 +110,8 @@ def test_first_nonfinite_equals_torch(isa, name, dtype):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_first_nonfinite_is_a_well_formed_operation(name):
-    torch.library.opcheck(ops.first_nonfinite, (VALUES[name](),))
-    torch.library.opcheck(ops.first_nonfinite, (VALUES[name]().bfloat16(), 2))
+    opcheck(ops.first_nonfinite, (VALUES[name](),))
+    opcheck(ops.first_nonfinite, (VALUES[name]().bfloat16(), 2))
 
 
 def test_first_nonfinite_refuses_what_has_none():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ops.test_decode import NOT_FINITE, at_offset, random_blocks
+from well_formed import opcheck
 
 from mixtools.errors import MixtoolsError
 from mixtools.ops import cpu, library
@@ -235,12 +236,12 @@ def test_what_does_not_fit_is_refused(x, blocks, type, said):
 def test_operations_are_well_formed_and_agree_with_plain_torch(type):
     blocks = torch.from_numpy(random_blocks(type, 9, 4))
     x = torch.from_numpy(vectors(3, columns_of(blocks.numpy(), type)))
-    torch.library.opcheck(library.multiply_blocks, (x, blocks, type.value, 2))
+    opcheck(library.multiply_blocks, (x, blocks, type.value, 2))
     found = library.multiply_blocks(x, blocks, type.value)
     expected = library.multiply_blocks_reference(x, blocks, type.value)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     for dtype, to in ((torch.float32, DType.F32), (torch.bfloat16, DType.BF16), (torch.float16, DType.F16)):
-        torch.library.opcheck(library.decode_blocks, (blocks, type.value, dtype))
+        opcheck(library.decode_blocks, (blocks, type.value, dtype))
         found = library.decode_blocks(blocks, type.value, dtype)
         assert found.dtype == dtype
         np.testing.assert_array_equal(from_tensor(found), decode(blocks.numpy(), type, to))

@@ -7,7 +7,7 @@ An operation takes tensors and numbers, so planes come as their parts and what e
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ...errors import MixtoolsError
 from . import able, launch
@@ -81,7 +81,7 @@ def _planes(parts: list[Tensor], kind: str, columns: int, matrix_rows: int) -> P
     return Planes(known, len(first), columns, matrix_rows, tuple(parts))
 
 
-@torch.library.custom_op("mixtools::gpu_gemv", mutates_args=())
+@library.custom_op("mixtools::gpu_gemv", mutates_args=())
 def gpu_gemv(x: Tensor, parts: list[Tensor], kind: str, columns: int, matrix_rows: int, dtype: torch.dtype) -> Tensor:
     planes = _planes(parts, kind, columns, matrix_rows)
     _check_x(x, 2, columns, dtype)
@@ -97,7 +97,7 @@ def _(x: Tensor, parts: list[Tensor], kind: str, columns: int, matrix_rows: int,
     return x.new_empty((len(x), len(parts[0])), dtype=dtype)
 
 
-@torch.library.custom_op("mixtools::gpu_gate_up", mutates_args=())
+@library.custom_op("mixtools::gpu_gate_up", mutates_args=())
 def gpu_gate_up(
     x: Tensor, experts: Tensor, parts: list[Tensor], kind: str, columns: int, matrix_rows: int, inner: int,
     dtype: torch.dtype,
@@ -120,7 +120,7 @@ def _(
     return x.new_empty((*experts.shape, inner), dtype=dtype)
 
 
-@torch.library.custom_op("mixtools::gpu_down", mutates_args=())
+@library.custom_op("mixtools::gpu_down", mutates_args=())
 def gpu_down(
     x: Tensor, experts: Tensor, weights: Tensor, parts: list[Tensor], kind: str, columns: int, matrix_rows: int,
     rows: int, dtype: torch.dtype,
@@ -145,7 +145,7 @@ def _(
     return x.new_empty((len(x), rows), dtype=dtype)
 
 
-@torch.library.custom_op("mixtools::gpu_unpack", mutates_args=())
+@library.custom_op("mixtools::gpu_unpack", mutates_args=())
 def gpu_unpack(parts: list[Tensor], kind: str, columns: int, matrix_rows: int, dtype: torch.dtype) -> Tensor:
     planes = _planes(parts, kind, columns, matrix_rows)
     able.check(parts[0])
@@ -159,7 +159,7 @@ def _(parts: list[Tensor], kind: str, columns: int, matrix_rows: int, dtype: tor
     return parts[0].new_empty((len(parts[0]), columns), dtype=dtype)
 
 
-@torch.library.custom_op("mixtools::gpu_route", mutates_args=())
+@library.custom_op("mixtools::gpu_route", mutates_args=())
 def gpu_route(x: Tensor, norm: Tensor, router: Tensor, eps: float, choices: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_x(x, 2, router.shape[-1], x.dtype)
     if norm.dtype != x.dtype or norm.shape != x.shape[1:] or router.dtype != torch.float32 or router.ndim != 2:
@@ -181,7 +181,7 @@ def _(x: Tensor, norm: Tensor, router: Tensor, eps: float, choices: int) -> tupl
     return normed, weights, x.new_empty((len(x), choices), dtype=torch.int64)
 
 
-@torch.library.custom_op("mixtools::gpu_normalise", mutates_args=())
+@library.custom_op("mixtools::gpu_normalise", mutates_args=())
 def gpu_normalise(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     _check_x(x, 2, norm.numel(), x.dtype)
     if norm.dtype != x.dtype or norm.ndim != 1:
@@ -196,7 +196,7 @@ def _(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mixtools::gpu_turn", mutates_args=("keys", "values"))
+@library.custom_op("mixtools::gpu_turn", mutates_args=("keys", "values"))
 def gpu_turn(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -223,7 +223,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, k
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mixtools::gpu_attend", mutates_args=())
+@library.custom_op("mixtools::gpu_attend", mutates_args=())
 def gpu_attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     whole = q.ndim == keys.ndim == 4 and keys.shape == values.shape and _powers(q.shape[-1])
     if not (
