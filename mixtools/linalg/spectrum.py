@@ -142,7 +142,7 @@ def decompose_batch(weights: Sequence[Tensor]) -> list[Decomposition]:
     """
     for weight in weights:
         check(weight)
-    first = gram(weights[0])
+    first = gram(weights[0])  # put in place one by one: a stack of them all would be there twice
     grams = first.new_empty(len(weights), *first.shape)
     grams[0] = first
     del first

@@ -92,8 +92,7 @@ class LayerWork(Worker):
         hessian = matrix.scaled(seen.qkv.blocks[0], scale)
         found = self.factor(hessian)
         asked = (Asked(slot, weights.pop(slot) * scale[:, None], hessian, found) for slot in slots)
-        # k and v are alike
-        for slot, made in self.round(asked, len(slots) if self.together > 1 else 1):
+        for slot, made in self.round(asked, self._at_once(len(slots))):  # k and v are alike
             yield self.finished(slot, [made], seen.qkv.tokens)
         slot, hessian = Slot(Role.O, self.index), seen.o.blocks[0]
         for _, made in self.round([Asked(slot, self.weights(slot), hessian, self.factor(hessian))]):
@@ -119,7 +118,7 @@ class LayerWork(Worker):
         experts = [self._expert(number, seen) for number in numbers]
         of = {slot: expert for expert in experts for slot in expert.slots}
         made: dict[Slot, Stored] = {}
-        for slot, outcome in self.round(self._readers(experts, scale), 2 * len(experts) if self.together > 1 else 1):
+        for slot, outcome in self.round(self._readers(experts, scale), self._at_once(2 * len(experts))):
             made[slot] = self.finished(slot, [outcome], of[slot].tokens)
             del outcome  # its errors are as large as the matrix
         parts: dict[Slot, list[Outcome]] = {}
@@ -133,6 +132,10 @@ class LayerWork(Worker):
                 self.rows[slot] = {**self.rows.pop(slot), "shown": expert.shown}
             for slot in expert.slots:
                 yield made.pop(slot)
+
+    def _at_once(self, count: int) -> int:
+        """Of so many matrices: where experts go one after the other, memory is for one."""
+        return count if self.together > 1 else 1
 
     def _expert(self, number: int, seen: Seen) -> _Expert:
         """What there is to know of an expert before any of its matrices is rounded."""

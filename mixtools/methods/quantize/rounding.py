@@ -214,17 +214,13 @@ def sweep(given: Sequence[Given], rounded: Sequence[Rounded], scheme: Scheme) ->
             feedback.append(beside / power)
         grids = [one.grid for one in made]
         groups = [grid.groups_of(torch.arange(start, block.stop)).int() for grid in grids]
-        codes, errors = (_beside([part[block] for part in parts]) for parts in zip(*map(_parts, made), strict=True))
+        codes, errors = _beside([one.codes[block] for one in made]), _beside([one.errors[block] for one in made])
         _round(grids, groups, (codes, errors), targets=targets, weights=weights, feedback=feedback)
         for number, own in enumerate(slopes):
             if len(made) > 1:  # else it is the matrix itself that was changed
                 own.made.codes[block], own.made.errors[block] = codes[number], errors[number]
             own.changed(block)
     return made
-
-
-def _parts(made: Rounded) -> tuple[Tensor, Tensor]:
-    return made.codes, made.errors
 
 
 class _Slopes:

@@ -159,7 +159,7 @@ class Worker:
         made: dict[int, Rounded] = {}
         schemes = [self.method.scheme(one.slot) for one in batch]
         with self.clock("rounding"):
-            for scheme in {*schemes}:
+            for scheme in dict.fromkeys(schemes):
                 numbers = [number for number, one in enumerate(schemes) if one == scheme]
                 cases = [matrix.Case(one.weights, one.hessian.diagonal(), one.found, one.hessian)
                          for one in (batch[number] for number in numbers)]  # fmt: skip

@@ -93,7 +93,7 @@ class Launch:
 
 def gemv(x: Tensor, planes: Planes, out: Tensor, before: Tensor | None = None, lanes: int = LANES) -> Launch:
     """out [T, rows] of x [T, in], added to `before` if that is given; T at most MOST_TOKENS."""
-    tokens = _power(len(x))
+    tokens = power_of_two(len(x))
     rows = _rows(tokens, planes.rows)
     programs = -(-planes.rows // rows)
     warps = _warps(programs, planes, lanes)
@@ -151,8 +151,8 @@ def route(
         "x": x, "norm": norm, "router": router, "normed": normed, "weights": weights, "experts": experts, "eps": eps,
     }  # fmt: skip
     constants = {
-        "COLUMNS": columns, "EXPERTS": count, "PADDED": _power(count), "CHOICES": choices, "MANY": _power(choices),
-        "TOGETHER": _ROUTED_COLUMNS,
+        "COLUMNS": columns, "EXPERTS": count, "PADDED": power_of_two(count), "CHOICES": choices,
+        "MANY": power_of_two(choices), "TOGETHER": _ROUTED_COLUMNS,
     }  # fmt: skip
     return Launch("route", (len(x),), arguments, constants, "routing", _ROUTING_WARPS)
 
@@ -199,7 +199,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, out: Tensor) -
     return first, last
 
 
-def _power(least: int) -> int:
+def power_of_two(least: int) -> int:
     """The first power of two from there on."""
     return 1 << (least - 1).bit_length()
 

@@ -13,7 +13,7 @@ from torch import Tensor, library
 
 from ...errors import MixtoolsError
 from . import able, launch
-from .launch import Arguments, Launch
+from .launch import Arguments, Launch, power_of_two
 
 _EPSILON = torch.finfo(torch.float64).eps
 # Halvings of the place where eigenvalues may lie: as wide as twice the largest, it becomes half a unit of its last.
@@ -43,7 +43,7 @@ class Reduction:
         self._warps = _THREADS // lanes
         count, order = matrices.shape[:2]
         self.order, width = order, self.sizes.width
-        parts = _power(-(-order // self.sizes.lines))
+        parts = power_of_two(-(-order // self.sizes.lines))
         self.d, self.e, self.tau = (matrices.new_zeros(count, order) for _ in range(3))
         self.panel = matrices.new_zeros(count, 2 * width, order)
         self._x = matrices.new_zeros(count, order)
@@ -84,7 +84,7 @@ class Reduction:
         arguments = self._given(column, start) | {"e": self.e, "parts": -(-order // rows) - column // rows}
         constants = {
             "ORDER": order, "WIDTH": width, "LINES": lines, "COLUMNS": self.sizes.columns,
-            "PARTS": self._dots.shape[1], "SQUARES": _power(self._squares.shape[1]),
+            "PARTS": self._dots.shape[1], "SQUARES": power_of_two(self._squares.shape[1]),
         }  # fmt: skip
         grid = (-(-(order - column - 1) // lines) + -(-2 * width // lines), len(self.matrices))
         return Launch("reflect", grid, arguments, constants, "tridiagonal", self._warps)
@@ -190,10 +190,6 @@ def _bounds(d: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = torch.maximum(low.abs(), high.abs())
     # a matrix of zeros alone has any
     return low, high, torch.where(largest > 0, largest * _EPSILON**2, 1.0)
-
-
-def _power(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def _check_form(d: Tensor, e: Tensor) -> None:
